@@ -1,0 +1,20 @@
+"""Artifact directories: complete or absent, described by a manifest, linked to their inputs by digest."""
+
+from hcx.artifacts.digest import digest_bytes, digest_file, digest_json
+from hcx.artifacts.manifest import Input, Manifest, artifact_input, is_complete, new_artifact, read_manifest, verify
+from hcx.artifacts.resources import find_resource, resource_names
+
+__all__ = [
+    "Input",
+    "Manifest",
+    "artifact_input",
+    "digest_bytes",
+    "digest_file",
+    "digest_json",
+    "find_resource",
+    "is_complete",
+    "new_artifact",
+    "read_manifest",
+    "resource_names",
+    "verify",
+]

@@ -1,0 +1,38 @@
+"""Finds the data folders (`launch/`, `evals/`, `tokenizer/`, `slurm/`) in a checkout or in an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hcx
+from hcx.errors import HcxError, did_you_mean
+
+_PACKAGE = Path(hcx.__file__).resolve().parent
+
+
+def _roots() -> list[Path]:
+    # The checkout first: in an editable install the packaged folders are empty.
+    roots = [_PACKAGE.parent] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
+    return [*roots, _PACKAGE / "_resources"]
+
+
+def find_resource(name: str) -> Path:
+    """The path of a shipped file or folder, such as `launch/demo.yaml`.
+
+    Raises:
+        HcxError: nothing of that name is shipped.
+    """
+    for root in _roots():
+        if (root / name).exists():
+            return root / name
+    folder = str(Path(name).parent)
+    raise HcxError(f"{name}: not shipped with hcx; {did_you_mean(name, resource_names(folder))}")
+
+
+def resource_names(folder: str, suffix: str = ".yaml") -> list[str]:
+    """The shipped files of a folder, as names that `find_resource` accepts."""
+    for root in _roots():
+        base = root / folder
+        if base.is_dir():
+            return sorted(str(p.relative_to(root)) for p in base.rglob(f"*{suffix}"))
+    return []

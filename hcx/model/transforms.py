@@ -1,0 +1,76 @@
+"""The seam between methods that change training (compression, DropBP, adapters) and the engines.
+
+`compress` and `dropbp` never import an engine: they implement `ModelTransform`, and the engine calls it.
+Build order on every engine: structure per stage -> load weights -> `apply` -> freeze -> wrap -> optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hcx.dist import Topology
+from hcx.model.config import ModelConfig
+from hcx.model.meta import ForwardMeta
+
+EditMaster = Callable[[str, Tensor, dict[str, Tensor]], Tensor | None]
+"""`fn(name, fp32_master, optimizer_state) -> new master or None for unchanged`; sees whole canonical tensors."""
+
+
+@dataclass(frozen=True)
+class TransformContext:
+    """What `apply` may know: the model's shape and this rank's place."""
+
+    config: ModelConfig
+    topology: Topology
+    num_micro_batches: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class EditsMasters(Protocol):
+    """The part of an engine that `after_step` uses."""
+
+    def edit_masters(self, names: Iterable[str], fn: EditMaster) -> None:
+        """See `Engine.edit_masters`."""
+        ...
+
+
+class ModelTransform:
+    """A method that hooks into building and stepping a model. Every hook has a neutral default."""
+
+    def apply(self, chunk: nn.Module, context: TransformContext) -> None:
+        """Changes the modules of one pipeline chunk, for example by replacing weight sources. Runs after loading."""
+
+    def before_step(self, step: int) -> None:
+        """Runs before the first forward of optimizer step `step`."""
+
+    def context(self, step: int, micro_batch: int, meta: ForwardMeta) -> ForwardMeta:
+        """May extend a micro-batch's `ForwardMeta` (DropBP's mask). A pure function of its arguments and the seed."""
+        return meta
+
+    def after_step(self, step: int, engine: EditsMasters) -> dict[str, float]:
+        """Runs after the optimizer step; may edit masters. Returns metrics to log."""
+        return {}
+
+    def finalize(self, engine: EditsMasters) -> None:
+        """Runs once after the last step, before the model is exported."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable state for resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`."""
+
+
+class FixedDropMask(ModelTransform):
+    """DropBP with a given mask per micro-batch: `masks(step, micro_batch) -> one bool per sublayer`."""
+
+    def __init__(self, masks: Callable[[int, int], tuple[bool, ...]]) -> None:
+        self._masks = masks
+
+    def context(self, step: int, micro_batch: int, meta: ForwardMeta) -> ForwardMeta:
+        return replace(meta, dropbp_mask=self._masks(step, micro_batch))

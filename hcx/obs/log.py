@@ -1,0 +1,31 @@
+"""Library code logs through `logging`, with the rank; only the command line prints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+class _RankFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = os.environ.get("RANK", "0")
+        return True
+
+
+def setup_logging(level: str | int = "INFO") -> None:
+    """Sends hcx's logs to standard error; ranks other than 0 only from WARNING up."""
+    logger = logging.getLogger("hcx")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    handler.addFilter(_RankFilter())
+    logger.addHandler(handler)
+    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.propagate = False
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (`get_logger(__name__)`)."""
+    return logging.getLogger(name)
