@@ -1,0 +1,76 @@
+"""Entry point of the `hcx` command: registers the verbs and turns errors into exit codes.
+
+Exit codes: 0 done; 2 the user's to mend (a message, no traceback); 75 interrupted and resumable; 1 our bug.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+import click
+import typer
+
+from hcx.errors import HcxError
+from hcx.obs.log import setup_logging
+
+EXIT_USER = 2
+EXIT_RESUMABLE = 75
+
+VERBS: tuple[str, ...] = (
+    "doctor",
+    "demo",
+    "data",
+    "tokenizer",
+    "train",
+    "convert",
+    "compress",
+    "evaluate",
+    "generate",
+    "chat",
+    "serve",
+    "bench",
+    "report",
+)
+
+
+def build_app() -> typer.Typer:
+    """The application with every verb; a verb's module imports nothing heavy until it runs."""
+    app = typer.Typer(
+        name="hcx",
+        help="From raw Korean, English and code text to a served, measured, compressed language model.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for verb in VERBS:
+        if importlib.util.find_spec(f"hcx.cli.{verb}") is not None:
+            importlib.import_module(f"hcx.cli.{verb}").register(app)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits with the documented codes."""
+    setup_logging()
+    try:
+        code = build_app()(args=arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except HcxError as error:
+        sys.stderr.write(f"hcx: {error}\n")
+        sys.exit(EXIT_USER)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USER)
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("hcx: interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`hcx eval --list | head`).
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
