@@ -1,0 +1,66 @@
+# Two commands matter: `make demo` (the whole path on real text) and `make test`.
+# Both set up their own virtual environment in .venv on first use.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# The tested release. On a machine with a GPU, set TORCH to the build that fits its driver.
+TORCH ?= torch==2.13.0
+MINUTES ?= 4
+OUT ?= demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-long check format bench wheel clean
+
+help:
+	@echo "make demo       the whole path on real text: data, training, compression, serving, evaluation, report"
+	@echo "make test       set up and run the test suite"
+	@echo "make test-long  what takes longer than the suite may"
+	@echo "make check      formatter, linter, types, import contracts"
+	@echo "make bench      the benchmarks that fit this machine"
+	@echo "make wheel      build the wheel into dist/"
+
+# The base environment runs the demo; the developer environment adds the test tools and the engines' libraries.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (first use: a few minutes)"
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "hcx needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[eval]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[eval,dev,deepspeed,megatron]'
+	touch $@
+
+demo: $(VENV)/.base
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/hcx demo --out $(OUT) --minutes $(MINUTES)
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check hcx tests
+	$(BIN)/ruff check hcx tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format hcx tests
+	$(BIN)/ruff check --fix hcx tests
+
+bench: $(VENV)/.dev
+	$(BIN)/hcx bench train --out runs/bench-train.csv
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
