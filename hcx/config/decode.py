@@ -138,29 +138,25 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return result
 
 
-def _model_at(model: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel] | None:
-    """The model class that the error location lies in, when it can be followed."""
+def _walk(model: type[BaseModel], location: Sequence[str | int]) -> tuple[list[str | int], type[BaseModel] | None]:
+    """The key path as the user wrote it (union tags left out) and the innermost model class on it."""
     current: Any = model
+    owner: type[BaseModel] | None = model
+    written: list[str | int] = []
     for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            if part not in current.model_fields:
-                return current
-            current = current.model_fields[str(part)].annotation
+        models = [leaf for leaf in _flatten(current) if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+        tagged = [leaf for leaf in models if "kind" in leaf.model_fields and leaf.model_fields["kind"].default == part]
+        if tagged and len(models) > 1:
+            current = owner = tagged[0]
             continue
-        candidates = [a for a in _flatten(current) if isinstance(a, type) and issubclass(a, BaseModel)]
-        tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == part]
-        if tagged:
-            current = tagged[0]
-        elif candidates and isinstance(part, int):
-            current = candidates[0]
-        elif candidates:
-            for candidate in candidates:
-                if part in candidate.model_fields:
-                    current = candidate.model_fields[str(part)].annotation
-                    break
-            else:
-                return candidates[0]
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+        written.append(part)
+        if isinstance(part, int):
+            continue  # an item of a list: the item types are among the leaves already
+        holder = next((leaf for leaf in models if part in leaf.model_fields), None)
+        if models:
+            owner = holder or models[0]
+        current = holder.model_fields[part].annotation if holder is not None else None
+    return written, owner
 
 
 def _flatten(annotation: Any) -> list[Any]:
@@ -169,19 +165,32 @@ def _flatten(annotation: Any) -> list[Any]:
     return [leaf for arg in get_args(annotation) for leaf in _flatten(arg)]
 
 
+def _tags(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The kinds that are valid at a key."""
+    current: Any = model
+    for part in location:
+        models = [leaf for leaf in _flatten(current) if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+        holder = next((leaf for leaf in models if part in leaf.model_fields), None)
+        if holder is not None:
+            current = holder.model_fields[str(part)].annotation
+    kinds = [leaf.model_fields.get("kind") for leaf in _flatten(current) if hasattr(leaf, "model_fields")]
+    return sorted(repr(field.default) for field in kinds if field is not None)
+
+
 def _explain(model: type[BaseModel], source: str, error: Any) -> str:
     location = [part for part in error["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(str(part) for part in location)
+    written, owner = _walk(model, location)
+    key = ".".join(str(part) for part in written)
     kind = error["type"]
     if kind == "extra_forbidden":
-        owner = _model_at(model, location[:-1])
         valid = owner.model_fields if owner is not None else []
         return f"{source}: {key}: unknown key; {did_you_mean(str(location[-1]), valid)}"
     if kind == "missing":
         return f"{source}: {key}: required, but not given"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = error.get("ctx", {}).get("expected_tags", "")
-        return f"{source}: {key}.kind = {error.get('ctx', {}).get('tag', '(not given)')!r}; valid: {tags}"
+        given = error.get("ctx", {}).get("tag")
+        shown = "is not given" if given is None else f"= {given!r}"
+        return f"{source}: {key}.kind {shown}; valid: {', '.join(_tags(model, location))}"
     message = error["msg"].removeprefix("Value error, ")
     if not location:
         return f"{source}: {message}"
@@ -219,6 +228,6 @@ def dump_yaml(value: BaseModel | Mapping[str, Any]) -> str:
     stream = io.StringIO()
     yaml = _yaml()
     yaml.allow_unicode = True
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(plain, stream)
     return stream.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ class WandbSink:
         directory = Path(directory)
         id_file = directory / "wandb_run_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=config.project,
             name=config.run_name,

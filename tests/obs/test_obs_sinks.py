@@ -1,0 +1,63 @@
+"""The JSONL file is the truth: one row per step, whatever was interrupted; wandb mirrors it under one id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hcx.errors import DataError
+from hcx.obs import JsonlSink, TrackingConfig, make_sinks, read_jsonl
+
+
+def test_torn_last_line_is_cut_when_the_file_is_reopened(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(1, {"train/loss": 2.0})
+    sink.close()
+    with open(path, "a") as file:
+        file.write('{"step": 2, "train/lo')
+    sink = JsonlSink(path)
+    sink.write(2, {"train/loss": 1.5})
+    sink.close()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+
+
+def test_rows_beyond_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (1, 2, 3):
+        sink.write(step, {"train/loss": float(step)})
+    sink.close()
+    sink = JsonlSink(path, resume_step=1)
+    sink.write(2, {"train/loss": 20.0})
+    sink.close()
+    assert [(row["step"], row["train/loss"]) for row in read_jsonl(path)] == [(1, 1.0), (2, 20.0)]
+
+
+def test_damage_in_the_middle_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(DataError, match=r":2: not a JSON line"):
+        list(read_jsonl(path))
+
+
+def test_non_finite_values_stay_valid_json(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.write(1, {"train/loss": float("nan")})
+    sink.close()
+    assert json.loads((tmp_path / "m.jsonl").read_text())["train/loss"] == "nan"
+
+
+def test_offline_wandb_keeps_one_run_id_across_restarts(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for start in (1, 3):
+        sinks = make_sinks(tmp_path, TrackingConfig(wandb="offline"), {"seed": 1})
+        for sink in sinks:
+            sink.write(start, {"train/loss": 1.0})
+            sink.close()
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    run_id = (tmp_path / "wandb_run_id").read_text()
+    assert folders
+    assert all(folder.name.endswith(run_id) for folder in folders)
