@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from typing import Any
 
-import click
 import typer
 
 from hcx.errors import HcxError
@@ -17,6 +17,9 @@ from hcx.obs.log import setup_logging
 
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
+
+# typer used to depend on click and now carries a copy of it; its public BadParameter leads to the base class of either.
+ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 VERBS: tuple[str, ...] = (
     "doctor",
@@ -45,6 +48,8 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+    # With a callback, verbs stay verbs even when only one of them is registered.
+    app.callback()(lambda: None)
     for verb in VERBS:
         if importlib.util.find_spec(f"hcx.cli.{verb}") is not None:
             importlib.import_module(f"hcx.cli.{verb}").register(app)
@@ -60,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     except HcxError as error:
         sys.stderr.write(f"hcx: {error}\n")
         sys.exit(EXIT_USER)
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         sys.exit(EXIT_USER)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("hcx: interrupted\n")
         sys.exit(130)
     except BrokenPipeError:

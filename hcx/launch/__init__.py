@@ -1,0 +1,1 @@
+"""What concerns machines: `hcx doctor`."""
