@@ -1,0 +1,1 @@
+"""What an engine may replace in the decoder: linears, embedding, output, norm, attention; and the weight sources."""

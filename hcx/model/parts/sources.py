@@ -1,0 +1,213 @@
+"""Weight sources: what a linear part multiplies with. A source sees local blocks only and never communicates.
+
+So quantized and adapted layers keep their tensor parallelism: the part around the source owns the communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hcx.dist import derived_generator
+from hcx.kernels import PackedWeight, Spec, select
+from hcx.model.naming import CanonicalSlice, ParameterMap
+
+
+@dataclass(frozen=True)
+class LinearBlock:
+    """The rows of a local matrix that hold one stem's block.
+
+    Attributes:
+        stem: canonical module path, for example `model.layers.0.self_attn.q_proj`.
+        global_shape: (out, in) of the whole canonical matrix.
+        offset: where the local block begins in it.
+        rows: rows of the local fused matrix.
+        in_features: local columns.
+        split: what tensor parallelism divides.
+        tp_size: over how many ranks.
+    """
+
+    stem: str
+    global_shape: tuple[int, int]
+    offset: tuple[int, int]
+    rows: tuple[int, int]
+    in_features: int
+    split: Literal["column", "row"]
+    tp_size: int
+
+    @property
+    def out_features(self) -> int:
+        """Local rows."""
+        return self.rows[1] - self.rows[0]
+
+
+class WeightSource(nn.Module):
+    """Computes `x @ W^T` for the local blocks of one linear part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., local in]` -> `[..., local out]`."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def canonical(self) -> ParameterMap:
+        """Canonical slices of every parameter, by local name."""
+        raise TypeError(f"{type(self).__name__} does not define canonical")
+
+
+class DenseSource(WeightSource):
+    """One dense matrix `[local out, local in]`."""
+
+    def __init__(self, weight: nn.Parameter, blocks: Sequence[LinearBlock]) -> None:
+        super().__init__()
+        self.weight = weight
+        self.blocks = tuple(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def canonical(self) -> ParameterMap:
+        return {
+            "weight": tuple(CanonicalSlice(f"{b.stem}.weight", b.global_shape, b.offset, b.rows) for b in self.blocks)
+        }
+
+
+class LoRASource(WeightSource):
+    """A base source plus low-rank updates: `y = base(x) + (alpha / rank) * (x A^T) B^T` per stem (Hu et al. 2021).
+
+    Args:
+        base: the source below; its parameters are frozen here.
+        blocks: the part's blocks.
+        rank, alpha: as in PEFT.
+        stems: which stems get an update; all if not given.
+        seed: of A's initial values, a function of (seed, canonical name); B starts at zero.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        blocks: Sequence[LinearBlock],
+        rank: int,
+        alpha: float,
+        stems: Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.blocks = tuple(blocks)
+        self.rank = rank
+        self.scaling = alpha / rank
+        first = next(base.parameters(), None)
+        dtype = dtype or (first.dtype if first is not None and first.is_floating_point() else torch.float32)
+        device = device or (first.device if first is not None else torch.device("cpu"))
+        self.lora_a = nn.ParameterDict()
+        self.lora_b = nn.ParameterDict()
+        for block in self.blocks:
+            if stems is not None and block.stem not in stems:
+                continue
+            generator = derived_generator(seed, "lora_A", block.stem)
+            # Uniform in +-1/sqrt(in): what PEFT's kaiming_uniform(a=sqrt(5)) amounts to.
+            full = torch.rand(rank, block.global_shape[1], generator=generator).mul_(2).sub_(1)
+            full = full / block.global_shape[1] ** 0.5
+            local = full[:, block.offset[1] : block.offset[1] + block.in_features]
+            key = _key(block.stem)
+            self.lora_a[key] = nn.Parameter(local.to(dtype=dtype, device=device).contiguous())
+            self.lora_b[key] = nn.Parameter(torch.zeros(block.out_features, rank, dtype=dtype, device=device))
+            # Whichever factor is replicated over tensor-parallel ranks gets only its rank's part of the gradient.
+            partial = self.lora_a[key] if block.split == "column" else self.lora_b[key]
+            partial.tp_partial_gradient = block.tp_size > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        updates = []
+        for block in self.blocks:
+            key = _key(block.stem)
+            if key in self.lora_a:
+                updates.append(F.linear(F.linear(x, self.lora_a[key]), self.lora_b[key]) * self.scaling)
+            else:
+                updates.append(x.new_zeros(*x.shape[:-1], block.out_features))
+        return result + torch.cat(updates, dim=-1)
+
+    def canonical(self) -> ParameterMap:
+        names: ParameterMap = {f"base.{name}": slices for name, slices in self.base.canonical().items()}
+        for block in self.blocks:
+            key = _key(block.stem)
+            if key not in self.lora_a:
+                continue
+            names[f"lora_a.{key}"] = (
+                CanonicalSlice(
+                    f"{block.stem}.lora_A.weight",
+                    (self.rank, block.global_shape[1]),
+                    (0, block.offset[1]),
+                    (0, self.rank),
+                ),
+            )
+            names[f"lora_b.{key}"] = (
+                CanonicalSlice(
+                    f"{block.stem}.lora_B.weight",
+                    (block.global_shape[0], self.rank),
+                    (block.offset[0], 0),
+                    (0, block.out_features),
+                ),
+            )
+        return names
+
+
+class BCQSource(WeightSource):
+    """Binary-coded weights, one `PackedWeight` per stem, multiplied by a kernel of the requested numerics class.
+
+    Args:
+        packed: stem -> packed weight, in row order of the fused matrix.
+        numerics: `reference`, `exact` or `fast`; the kernel is never below it.
+    """
+
+    def __init__(self, packed: Mapping[str, PackedWeight], numerics: str = "reference") -> None:
+        super().__init__()
+        self.stems = tuple(packed)
+        self.numerics = numerics
+        self._backends = []
+        self._weights = []
+        for weight in packed.values():
+            backend = select(Spec.of(weight, numerics=numerics))
+            self._backends.append(backend)
+            self._weights.append(backend.prepack(weight))
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the backends in use."""
+        return tuple(backend.name for backend in self._backends)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [backend.matmul(x, weight) for backend, weight in zip(self._backends, self._weights, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def canonical(self) -> ParameterMap:
+        return {}  # planes and scales are frozen data, not parameters
+
+
+class SplitSource(WeightSource):
+    """One source per stem of a fused part, outputs concatenated."""
+
+    def __init__(self, sources: Mapping[str, WeightSource]) -> None:
+        super().__init__()
+        self.sources = nn.ModuleDict({_key(stem): source for stem, source in sources.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([source(x) for source in self.sources.values()], dim=-1)
+
+    def canonical(self) -> ParameterMap:
+        return {
+            f"sources.{key}.{name}": slices
+            for key, source in self.sources.items()
+            for name, slices in source.canonical().items()  # type: ignore[operator]
+        }
+
+
+def _key(stem: str) -> str:
+    # Module names may not hold dots.
+    return stem.replace(".", "__")
