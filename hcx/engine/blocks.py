@@ -72,7 +72,7 @@ class BlockMap:
         group: the ranks that together hold every canonical tensor; None: this rank alone does.
         device: where gathered tensors are built.
 
-    Every method is collective over `group`.
+    Building one and `gather` are collective over `group`; the rest is local.
     """
 
     def __init__(
@@ -121,6 +121,10 @@ class BlockMap:
         """Shape of a canonical tensor."""
         return self._shapes[name]
 
+    def holders(self, name: str) -> list[str]:
+        """This rank's local parameters that hold a part of a canonical tensor; may be empty."""
+        return list(dict.fromkeys(piece.parameter for piece in self._pieces.get(name, ())))
+
     def gather(self, name: str, fragment: Fragment) -> Tensor:
         """The full canonical tensor, fp32, on every rank of the group."""
         full = torch.zeros(self._shapes[name], dtype=torch.float32, device=self._device)
@@ -141,9 +145,11 @@ class BlockMap:
         return full
 
     @torch.no_grad()
-    def scatter(self, name: str, full: Tensor, fragment: Fragment) -> None:
-        """Writes this rank's pieces of a full canonical tensor into its fragments."""
+    def scatter(self, name: str, full: Tensor, fragment: Fragment, only: str | None = None) -> None:
+        """Writes this rank's pieces of a full canonical tensor into its fragments (of one local parameter: `only`)."""
         for piece in self._pieces.get(name, ()):
+            if only is not None and piece.parameter != only:
+                continue
             values = piece.block_of(full).flatten()[slice(*piece.block_range)]
             fragment(piece.parameter)[slice(*piece.fragment_range)].copy_(values)
 

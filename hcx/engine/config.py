@@ -58,6 +58,4 @@ class MegatronEngineConfig(EngineOptions):
     """Shard masters and optimizer state over model replicas."""
 
 
-EngineConfig = Annotated[
-    TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig, Field(discriminator="kind")
-]
+EngineConfig = Annotated[TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig, Field(discriminator="kind")]

@@ -1,0 +1,340 @@
+"""Tensor and pipeline parallelism by megatron-core: its layers, schedules, data-parallel wrapper and optimizers.
+
+What is unusual here (measured; see ARCHITECTURE.md):
+- The loss that reaches the schedule is final: `sum / global weight`, with zero token counts, because the library's own
+  per-token divisor is an integer tensor and its other mode divides by the number of micro-batches.
+- Gradients are read from `main_grad`; `grad` is empty after a backward.
+- The optimizer applies neither weight decay multipliers nor learning rates by itself: both are imposed every step.
+- The two copies of tied embeddings on the first and last stage are loaded from one canonical tensor, their gradients
+  are summed by `finalize_model_grads`, and the last stage's copy is marked so that norms count it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    # Without Transformer Engine or Apex the library announces its torch fallbacks, once per module.
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.enums import ModelType
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+from hcx.dist import Topology, rehearsal
+from hcx.engine.base import ModelOutput, Objective, StepBatch, StepStats
+from hcx.engine.blocks import BlockMap
+from hcx.engine.config import MegatronEngineConfig
+from hcx.engine.legality import require_legal
+from hcx.engine.megatron_masters import MegatronMasters
+from hcx.engine.sharded import ShardedEngine
+from hcx.model.config import ModelConfig
+from hcx.model.meta import ForwardMeta
+
+logger = logging.getLogger(__name__)
+
+_MicroStep = tuple[int, MicroBatch, ForwardMeta]
+"""(index, data, meta) of a micro-batch, as every stage iterates it."""
+
+
+class _Chunk(MegatronModule):
+    """One pipeline stage of the decoder, as megatron-core's schedules and wrappers want to see it."""
+
+    def __init__(
+        self, config: TransformerConfig, stage: nn.Module, topology: Topology, tied: nn.Parameter | None
+    ) -> None:
+        super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = None
+        self.pre_process = topology.is_first_stage
+        self.post_process = topology.is_last_stage
+        self.share_embeddings_and_output_weights = tied is not None
+        # In a list, so that it is not registered a second time.
+        self._tied = [tied]
+        self._received: Tensor | None = None
+        # Not named `decoder`: the schedules would look for `.decoder.layers`.
+        self.stage = stage
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
+        """The copy of the tied embedding on this stage."""
+        return self._tied[0]
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Takes the hidden states `[seq, batch, hidden]` that the previous stage sent."""
+        self._received = tensors[0]
+
+    def forward(self, micro_batch: MicroBatch, meta: ForwardMeta) -> Tensor:
+        """Hidden states of this stage `[seq, batch, hidden]`."""
+        hidden, self._received = self._received, None
+        return self.stage(micro_batch.tokens if self.pre_process else hidden, meta)
+
+
+class MegatronEngine(ShardedEngine):
+    """Runs optimizer steps over tensor, pipeline and data parallel ranks.
+
+    Args:
+        engine_config: the layout; refused by `legality` where it does not fit.
+        model_config: the decoder.
+        optim_config: optimizer, learning rate, weight decay.
+        transforms: applied to this rank's stage after loading.
+        weights: canonical tensors to start from.
+        seed: of the initial weights that `weights` leaves open, and of the RNG.
+
+    On a machine without CUDA it runs only in a process that called `hcx.dist.rehearsal.enable()`.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine_config: MegatronEngineConfig,
+        model_config: ModelConfig,
+        optim_config: OptimConfig,
+        transforms: Sequence[ModelTransform] = (),
+        weights: WeightsProvider,
+        seed: int = 0,
+    ) -> None:
+        rank, world_size = _join()
+        require_legal(engine_config, model_config, world_size)
+        self.topology = Topology(
+            rank, world_size, tp_size=engine_config.tensor_parallel, pp_size=engine_config.pipeline_parallel
+        )
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self._config, self._transforms, self._steps = engine_config, tuple(transforms), 0
+        with rehearsal.redirected():
+            _acquire_groups(self.topology)
+            self._build(model_config, optim_config, weights, seed)
+
+    def _build(self, model: ModelConfig, optim: OptimConfig, weights: WeightsProvider, seed: int) -> None:
+        """Structure of this stage -> load -> transforms -> wrap -> optimizer."""
+        place, pp = self.topology, self.topology.pp_size
+        per_stage = model.num_layers // pp
+        self._library = _library_config(self._config, model)
+        self._decoder = Decoder(
+            model,
+            MegatronParts(self._library, self.device),
+            layers=range(place.pp_rank * per_stage, (place.pp_rank + 1) * per_stage),
+            pre=place.is_first_stage,
+            post=place.is_last_stage,
+        )
+        self._load(weights)
+        context = TransformContext(model, place)
+        for transform in self._transforms:
+            transform.apply(self._decoder, context)
+        parameters = dict(self._decoder.named_parameters())
+        blocks = self._decoder.parameter_map()
+        self._mark(parameters, blocks)
+        tied = None
+        if model.tie_embeddings and pp > 1:
+            tied = self._mark_tied(parameters, blocks)
+        self._chunk = DistributedDataParallel(
+            self._library,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                # Buckets that wait for every gradient and DropBP's missing ones do not go together.
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=self._config.distributed_optimizer,
+            ),
+            _Chunk(self._library, self._decoder, place, tied),
+        )
+        self._library.finalize_model_grads_func = self._finalize
+        self._optimizer = self._build_optimizer(optim, parameters, blocks)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        replica = parallel_state.get_model_parallel_group()
+        self._layout = BlockMap(blocks, shapes, None, replica, self.device)
+        self._masters = MegatronMasters(parameters, self._inner, self._layout, _state_keys(optim))
+        ranges = self._masters.ranges()
+        sharded = ranges is not None
+        self._blocks = (
+            BlockMap(blocks, shapes, ranges, None if not sharded else torch.distributed.group.WORLD, self.device)
+            if sharded
+            else self._layout
+        )
+        self._answers_for_state = sharded or place.dp_rank == 0
+
+    def train_step(self, batch: StepBatch, objective: Objective, lr_factor: float) -> StepStats:
+        """See `Engine.train_step`."""
+        with rehearsal.redirected():
+            weight = self._global_weight(batch.micro_batches, objective)
+            if weight == 0:
+                return StepStats(loss_sum=0.0, weight=0.0, skipped=True)
+            self._impose_groups(lr_factor)
+            loss_sum, metrics = self._backward(batch, objective, weight, force_all_reduce=False)
+            self._optimizer.prepare_grads()
+            norm, finite = self._clip()
+            if finite:
+                self._optimizer.step_with_ready_grads()
+                self._steps += 1
+            self._clear_gradients()
+            return StepStats(loss_sum, weight, metrics, norm, skipped=not finite)
+
+    def _backward(
+        self, batch: StepBatch, objective: Objective, weight: float, force_all_reduce: bool
+    ) -> tuple[float, dict[str, float]]:
+        """Forward and backward of every micro-batch; gradients of loss / weight are in `main_grad` afterwards."""
+        self._chunk.train()
+        self._clear_gradients()
+
+        def loss(hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, metrics = objective(self._decoder.output(hidden), micro_batch)
+            sums = {name: value.detach() for name, value in metrics.items()}
+            # The schedule works on the loss in place: it gets a fresh tensor, and no tokens to divide by.
+            return total / weight, torch.tensor(0, dtype=torch.int), {_LOSS: total.detach(), **sums}
+
+        stored = self._schedule(batch, loss, forward_only=False, force_all_reduce=force_all_reduce)
+        return self._reduce_sums(stored)
+
+    def _schedule(
+        self,
+        micro_steps: Sequence[_MicroStep],
+        finish: Callable[..., Any],
+        *,
+        forward_only: bool,
+        force_all_reduce: bool = False,
+    ) -> list[Any]:
+        """Runs the library's schedule; `finish(hidden, micro batch)` on the last stage, whose results it returns.
+
+        Every stage iterates the same micro-batches: positions, document bounds and the DropBP mask are data there.
+        """
+        rows, columns = micro_steps[0][0].tokens.shape
+
+        def forward_step(iterator: Iterator[_MicroStep], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            micro_batch, meta = next(iterator)
+            hidden = chunk(micro_batch, meta)
+            return hidden, lambda output, non_loss_data=False: finish(output, micro_batch)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_steps),
+            model=[self._chunk],
+            num_microbatches=len(micro_steps),
+            seq_length=columns,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            force_all_reduce=force_all_reduce,
+        )
+
+    def _finalize(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """Reduces gradients over replicas, tied copies and norms; nothing divides them."""
+        partial = [
+            p.main_grad
+            for p in self._decoder.parameters()
+            if getattr(p, "tp_partial_gradient", False) and p.requires_grad
+        ]
+        if partial and self.topology.tp_size > 1:
+            flat = torch._utils._flatten_dense_tensors(partial)
+            torch.distributed.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+            for gradient, summed in zip(partial, torch._utils._unflatten_dense_tensors(flat, partial), strict=True):
+                gradient.copy_(summed)
+        finalize_model_grads(chunks, None, **options)
+
+    def _reduce_sums(self, stored: Sequence[Mapping[str, Tensor]]) -> tuple[float, dict[str, float]]:
+        """(loss sum, metrics) over micro-batches and replicas, on every stage."""
+        sums: dict[str, float] = {}
+        if self.topology.is_last_stage:
+            names = sorted(stored[0])
+            totals = torch.stack([torch.stack([entry[name].double() for entry in stored]).sum() for name in names])
+            torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+            sums = dict(zip(names, totals.tolist(), strict=True))
+        if self.topology.pp_size > 1:
+            box = [sums]
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast_object_list(
+                box, src=last, group=parallel_state.get_pipeline_model_parallel_group()
+            )
+            sums = box[0]
+        return sums.pop(_LOSS), sums
+
+    def _clip(self) -> tuple[float, bool]:
+        """Clips each clip group by its own global norm; returns the norm over all of them, and whether it is finite."""
+        members: dict[str, list[nn.Parameter]] = {name: [] for name in self._clip_groups}
+        for group in self._inner.param_groups:
+            members[self._groups[group["hcx_group"]].clip_group] += group["params"]
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        norms = []
+        for parameters in members.values():
+            # Copies (tied embeddings, weights replicated over tensor parallel ranks) count once.
+            counted = [
+                parameter.grad
+                for parameter in parameters
+                if parameter.grad is not None
+                and param_is_not_shared(parameter)
+                and param_is_not_tensor_parallel_duplicate(parameter, tp_group)
+            ]
+            norms.append(
+                get_grad_norm_fp32(counted, grad_stats_parallel_group=self._inner.get_grad_stats_parallel_group())
+            )
+        total = math.hypot(*norms)
+        if math.isfinite(total) and self._config.clip_grad_norm > 0:
+            for parameters, norm in zip(members.values(), norms, strict=True):
+                clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad_norm, norm)
+        return total, math.isfinite(total)
+
+    def _clear_gradients(self) -> None:
+        self._chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def score(
+        self, micro_batches: Sequence[MicroBatch], fn: Callable[[ModelOutput, MicroBatch], Tensor]
+    ) -> list[Tensor]:
+        """See `Engine.score`."""
+        results: list[Tensor] = []
+        with rehearsal.redirected(), torch.no_grad():
+            self._chunk.eval()
+            # The schedules send one shape: rows of equal shape go together.
+            for _, same in itertools.groupby(micro_batches, key=lambda micro_batch: micro_batch.tokens.shape):
+                steps = [(micro_batch, plain_meta(micro_batch)) for micro_batch in same]
+                found = self._schedule(
+                    steps, lambda hidden, micro_batch: fn(self._decoder.output(hidden), micro_batch), forward_only=True
+                )
+                results += self._from_last_stage(found, len(steps))
+            self._chunk.train()
+        return results
+
+    def _from_last_stage(self, tensors: list[Tensor], count: int) -> list[Tensor]:
+        """The last stage's tensors, on every stage."""
+        if self.topology.pp_size == 1:
+            return [tensor.detach() for tensor in tensors]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        forms = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]]
+        torch.distributed.broadcast_object_list(forms, src=last, group=group)
+        if not self.topology.is_last_stage:
+            tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in forms[0]]
+        for tensor in tensors:
+            torch.distributed.broadcast(
+                tensor.detach().contiguous() if self.topology.is_last_stage else tensor, src=last, group=group
+            )
+        return [tensor.detach() for tensor in tensors]
+
+    def gradients(self, batch: StepBatch, objective: Objective, visit: Callable[[str, Tensor], None]) -> float:
+        """See `Engine.gradients`."""
+        with rehearsal.redirected(), torch.random.fork_rng(enabled=True):
+            weight = self._global_weight(batch.micro_batches, objective)
+            # With a distributed optimizer too, every replica shall hold whole gradients here.
+            loss_sum, _ = self._backward(batch, objective, weight or 1.0, force_all_reduce=True)
+            for name in self._layout.names:
+                visit(name, self._layout.gather(name, self._gradient))
+            self._clear_gradients()
+        return loss_sum / weight if weight else math.nan
+
+    def _gradient(self, parameter: str) -> Tensor:
+        tensor = self._parameters[parameter]
+        return tensor.main_grad.view(-1) if tensor.requires_grad else torch.zeros_like(tensor).view(-1)

@@ -1,0 +1,120 @@
+"""What the DeepSpeed and Megatron engines share: masters and optimizer state through canonical names.
+
+The libraries keep fp32 masters and optimizer state in flat shards, each in its own way. An engine names that way as a
+`MasterAccess`; everything the seam promises about state follows from it here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hcx.engine.base import Engine, StateReader, StateSlice
+from hcx.engine.blocks import BlockMap
+from hcx.errors import CheckpointError, ConfigError, did_you_mean
+from hcx.model.transforms import EditMaster
+
+
+class MasterAccess(Protocol):
+    """Where a library keeps the fp32 masters and the optimizer state of this rank."""
+
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the optimizer state of a trained parameter, equal on every rank."""
+        ...
+
+    def fragment(self, parameter: str, key: str) -> Tensor:
+        """The flat range that this rank holds of a local parameter's master or state; may be a copy."""
+        ...
+
+    def store(self, parameter: str, key: str, values: Tensor) -> None:
+        """Writes back a changed `fragment`."""
+        ...
+
+    def push(self, name: str, master: Tensor) -> None:
+        """Writes a full canonical master into the working copy; collective where the library makes it so."""
+        ...
+
+
+class ShardedEngine(Engine):
+    """State access for engines whose library shards it.
+
+    Subclasses set the attributes below and implement the computing methods.
+    """
+
+    _blocks: BlockMap
+    """Who holds which part of the masters."""
+    _masters: MasterAccess
+    _trained: frozenset[str]
+    """Canonical names of trained parameters, over all ranks; the others have a master only."""
+    _answers_for_state: bool
+    """Whether this rank takes part in `state_slices` (replicas of the same state: only the first one does)."""
+
+    def _keys(self, name: str) -> tuple[str, ...]:
+        return ("master", *self._masters.keys()) if name in self._trained else ("master",)
+
+    def _read(self, name: str, key: str) -> Tensor:
+        return self._blocks.gather(name, lambda parameter: self._masters.fragment(parameter, key))
+
+    def _write(self, name: str, key: str, full: Tensor) -> None:
+        for parameter in self._blocks.holders(name):
+            values = self._masters.fragment(parameter, key)
+            self._blocks.scatter(name, full, lambda _, values=values: values, only=parameter)
+            self._masters.store(parameter, key, values)
+        if key == "master":
+            self._masters.push(name, full)
+
+    @torch.no_grad()
+    def edit_masters(self, names: Iterable[str], fn: EditMaster) -> None:
+        """See `Engine.edit_masters`. Gathers one canonical tensor at a time."""
+        known = set(self._blocks.names)
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"no parameter is named {name!r}; {did_you_mean(name, known)}")
+            state = {key: self._read(name, key) for key in self._keys(name) if key != "master"}
+            edited = fn(name, self._read(name, "master"), state)
+            if edited is not None:
+                if tuple(edited.shape) != self._blocks.shape(name):
+                    raise ValueError(f"{name}: edited to shape {tuple(edited.shape)}, was {self._blocks.shape(name)}")
+                self._write(name, "master", edited.to(torch.float32))
+
+    def state_slices(self) -> Iterator[StateSlice]:
+        """See `Engine.state_slices`."""
+        if not self._answers_for_state:
+            return
+        for name in self._blocks.names:
+            for key in self._keys(name):
+                yield from self._blocks.slices(
+                    name, key, lambda parameter, key=key: self._masters.fragment(parameter, key)
+                )
+
+    @torch.no_grad()
+    def load_slices(self, reader: StateReader) -> None:
+        """See `Engine.load_slices`. State that the checkpoint lacks starts at zero."""
+        stored, mine = set(reader.names()), set(self._blocks.names)
+        if stored != mine:
+            missing, extra = sorted(mine - stored), sorted(stored - mine)
+            raise CheckpointError(
+                f"the checkpoint does not hold this model: it lacks {missing[:3] or 'nothing'} "
+                f"({len(missing)} parameters) and has {extra[:3] or 'nothing'} ({len(extra)} parameters) too many"
+            )
+        for name in self._blocks.names:
+            available = set(reader.keys(name))
+            for key in self._keys(name):
+                if key == "master" or key in available:
+                    full = reader.read(name, key).to(self.device)
+                else:
+                    full = torch.zeros(self._blocks.shape(name), device=self.device)
+                if tuple(full.shape) != self._blocks.shape(name):
+                    raise CheckpointError(
+                        f"{name}: the checkpoint has shape {tuple(full.shape)}, the model {self._blocks.shape(name)}"
+                    )
+                self._write(name, key, full)
+
+    @torch.no_grad()
+    def export_state(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.export_state`."""
+        for name in self._blocks.names:
+            yield name, self._read(name, "master").cpu()
