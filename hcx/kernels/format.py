@@ -8,7 +8,7 @@ The format with an offset is LUT-GEMM's (Park et al. 2024, section 3): it contai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -115,6 +115,11 @@ class PackedWeight:
         if self.offset is not None:
             total += self.offset[:, :, None]
         return total.flatten(1)[:, : self.in_features].to(dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on a device."""
+        offset = None if self.offset is None else self.offset.to(device)
+        return replace(self, planes=self.planes.to(device), scales=self.scales.to(device), offset=offset)
 
     def to_tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors as stored: `STEM.planes`, `STEM.scales` and, if there is one, `STEM.offset`."""

@@ -7,6 +7,9 @@ names in files; what is sharded, and how ranks communicate, is in `Parts`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ class Norm(nn.Module):
     def __init__(self, parts: Parts, size: int, eps: float, name: str) -> None:
         super().__init__()
         self.weight = parts.parameter(size)
-        self.weight.sequence_parallel = parts.sequence_parallel
+        self.weight.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined] # megatron's convention
         self.eps = eps
         self.name = VectorName(name)
 
@@ -179,14 +182,14 @@ class Decoder(nn.Module):
             if self.config.embedding_multiplier != 1.0:
                 hidden = hidden * self.config.embedding_multiplier
         rotary = rotary_tables(self.config, meta.positions, self.parts.sequence_length(hidden), hidden)
-        for sublayer in self.sublayers:
+        for sublayer in cast("Iterable[Sublayer]", self.sublayers):
             branch = self._branch(sublayer, hidden, meta, rotary)
             if self.config.residual_multiplier != 1.0:
                 branch = branch * self.config.residual_multiplier
             hidden = hidden + branch
         return hidden if self.norm is None else self.norm(hidden)
 
-    def _branch(self, sublayer: nn.Module, hidden: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
+    def _branch(self, sublayer: Sublayer, hidden: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
         # DropBP (Woo et al. 2024): the forward is always whole; a dropped branch is a constant to the backward. Without
         # a graph nothing of it is stored and nothing is recomputed, so it is never put under checkpointing.
         if meta.dropbp_mask is not None and meta.dropbp_mask[sublayer.index]:

@@ -30,7 +30,8 @@ class InitWeights:
     """Random initial weights, each tensor a function of (seed, canonical name): every sharding starts equal.
 
     Matrices are normal with `initializer_range`; those that write to the residual stream (`o_proj`, `down_proj`) are
-    divided by `sqrt(2 * num_layers)` (GPT-2's rule), so that the stream's variance does not grow with depth. Norms are 1.
+    divided by `sqrt(2 * num_layers)` (GPT-2's rule), so that the stream's variance does not grow with depth.
+    Norms are 1.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Linear parts: one local matrix for one or several stems, split over tensor-parallel ranks, with a replaceable source."""
+"""Linear parts: one local matrix for one or several stems, split over tensor-parallel ranks."""
 
 from __future__ import annotations
 

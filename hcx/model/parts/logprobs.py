@@ -1,7 +1,7 @@
 """Log-probabilities of labels without keeping logits of the whole batch.
 
-`log p(label) = z[label] - logsumexp(z)` with `z = scale * hidden @ weight^T`. The product is taken in chunks of tokens. Small
-problems keep each chunk's logits for the backward pass; large ones recompute them, so memory stays bounded for a
+`log p(label) = z[label] - logsumexp(z)` with `z = scale * hidden @ weight^T`. The product is taken in chunks of tokens.
+Small problems keep each chunk's logits for the backward pass; large ones recompute them, so memory stays bounded for a
 vocabulary of 100,000 entries.
 """
 

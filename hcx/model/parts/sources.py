@@ -6,7 +6,7 @@ So quantized and adapted layers keep their tensor parallelism: the part around t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,6 +44,10 @@ class LinearBlock:
     def out_features(self) -> int:
         """Local rows."""
         return self.rows[1] - self.rows[0]
+
+    def alone(self) -> LinearBlock:
+        """The same block as the only one of its matrix."""
+        return replace(self, rows=(0, self.out_features))
 
 
 class WeightSource(nn.Module):

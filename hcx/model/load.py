@@ -1,0 +1,249 @@
+"""Any MODEL directory -> a decoder: Hugging Face's llama and hyperclovax files, full precision or binary-coded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hcx.artifacts import is_complete, read_manifest
+from hcx.errors import CheckpointError, KernelError
+from hcx.kernels import PackedWeight
+from hcx.model.config import ModelConfig
+from hcx.model.convert.hf import config_from_hf
+from hcx.model.decoder import Decoder
+from hcx.model.parts.base import PlainParts
+from hcx.model.parts.linear import LinearPart
+from hcx.model.parts.sources import BCQSource, DenseSource, SplitSource, WeightSource
+from hcx.model.weights import TensorWeights, load_weights
+
+if TYPE_CHECKING:
+    from hcx.tokenizer import Tokenizer
+
+QUANT_METHOD = "bcq"
+
+
+class ModelFiles:
+    """Random access to the tensors of a MODEL directory; nothing is unpickled, and files are memory-mapped.
+
+    Attributes:
+        directory: the directory.
+        values: `config.json`.
+        config: the decoder's configuration.
+        modules: stem -> entry of `quantization_config.modules`; empty for full precision.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{directory}: no such model directory")
+        self.values = _read_json(self.directory / "config.json")
+        self.config = config_from_hf(self.values, str(self.directory / "config.json"))
+        self.modules = self._quantized_modules()
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._where = self._index()
+
+    def _quantized_modules(self) -> Mapping[str, Mapping[str, Any]]:
+        stated = self.values.get("quantization_config")
+        if not stated:
+            return {}
+        method = stated.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"{self.directory}: quant_method = {method!r} is not supported; supported: {QUANT_METHOD!r}, "
+                "or full precision"
+            )
+        if stated.get("version") != 1:
+            raise CheckpointError(f"{self.directory}: BCQ format version {stated.get('version')}; this hcx reads 1")
+        modules: Mapping[str, Mapping[str, Any]] = stated.get("modules", {})
+        return modules
+
+    def _index(self) -> dict[str, str]:
+        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        if not files:
+            pickled = any(self.directory.glob("*.bin"))
+            raise CheckpointError(
+                f"{self.directory}: no *.safetensors"
+                + (" (pickled *.bin files are never loaded: save them as safetensors first)" if pickled else "")
+            )
+        for path in self.directory.glob("*.safetensors.index.json"):
+            for name in sorted(set(_read_json(path)["weight_map"].values())):
+                if name not in files:
+                    raise CheckpointError(f"{self.directory / name}: listed in {path.name} but missing")
+        where: dict[str, str] = {}
+        for name in files:
+            try:
+                self._files[name] = self._stack.enter_context(safe_open(self.directory / name, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.directory / name}: damaged or cut short ({error})") from None
+            where.update(dict.fromkeys(self._files[name].keys(), name))
+        return where
+
+    def names(self) -> list[str]:
+        """Names of the stored tensors."""
+        return list(self._where)
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, in its stored type.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        if name not in self._where:
+            raise CheckpointError(
+                f"{self.directory}: the weight files lack {name!r}: incomplete, or not of this config.json"
+            )
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        return tensor
+
+    def packed(self, stem: str) -> PackedWeight:
+        """One binary-coded weight."""
+        entry = self.modules[stem]
+        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        try:
+            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+        except KernelError as error:
+            raise CheckpointError(f"{self.directory}: {error}") from None
+
+    def weight(self, name: str) -> Tensor:
+        """A dense weight by canonical name; a binary-coded one is dequantized."""
+        stem = name.removesuffix(".weight")
+        return self.packed(stem).dequantize() if stem in self.modules else self.read(name)
+
+    def close(self) -> None:
+        """Releases the files."""
+        self._stack.close()
+
+    def __enter__(self) -> ModelFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a model directory, {path.name} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    return values
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to compute.
+
+    Attributes:
+        decoder: in evaluation mode, without gradients.
+        config: its shape.
+        tokenizer: of the directory, or None if it holds none.
+        directory: where it came from.
+        quantization: `quantization_config` of a binary-coded model, or None.
+        numerics: the class that its kernels keep.
+    """
+
+    decoder: Decoder
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    directory: Path
+    quantization: dict[str, Any] | None
+    numerics: str = "reference"
+
+
+def iter_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Streams (canonical name, tensor) of a MODEL directory; binary-coded weights come dequantized, in fp32."""
+    with ModelFiles(directory) as files:
+        for name in canonical_names(files):
+            yield name, files.weight(name)
+
+
+def canonical_names(files: ModelFiles) -> list[str]:
+    """The names a decoder of this configuration needs, in file order of a fresh export."""
+    decoder = Decoder(files.config, PlainParts(device="meta"))
+    return [block.name for blocks in decoder.parameter_map().values() for block in blocks]
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    numerics: str = "reference",
+) -> LoadedModel:
+    """Loads a model for inference.
+
+    Args:
+        directory: Hugging Face's layout, full precision or BCQ.
+        dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
+        device: where to compute.
+        numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
+
+    Raises:
+        CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
+    """
+    device = torch.device(device)
+    with ModelFiles(directory) as files:
+        if dtype is None:
+            stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
+            dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
+        decoder = Decoder(files.config, PlainParts(dtype, "meta"))
+        for part in dict.fromkeys(decoder.linears().values()):
+            _replace_source(part, files, device, dtype, numerics)
+        decoder.to_empty(device=device)
+        load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
+        quantization = files.values.get("quantization_config")
+    decoder.requires_grad_(False).eval()
+    return LoadedModel(
+        decoder, files.config, _tokenizer(files.directory), files.directory, quantization or None, numerics
+    )
+
+
+def _replace_source(
+    part: LinearPart, files: ModelFiles, device: torch.device, dtype: torch.dtype, numerics: str
+) -> None:
+    quantized = [block for block in part.blocks if block.stem in files.modules]
+    if not quantized:
+        return
+    packed = {block.stem: files.packed(block.stem).to(device) for block in quantized}
+    for block in quantized:
+        shape = (packed[block.stem].out_features, packed[block.stem].in_features)
+        if shape != block.global_shape:
+            raise CheckpointError(
+                f"{files.directory}: {block.stem} is {shape}, the configuration says {block.global_shape}"
+            )
+    if len(quantized) == len(part.blocks):
+        part.replace_source(BCQSource(packed, numerics))
+        return
+    sources: dict[str, WeightSource] = {}
+    for block in part.blocks:
+        if block.stem in packed:
+            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics)
+        else:
+            weight = torch.nn.Parameter(torch.empty(block.global_shape, dtype=dtype, device="meta"))
+            sources[block.stem] = DenseSource(weight, [block.alone()])
+    part.replace_source(SplitSource(sources))
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from hcx.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(directory)
+    if is_complete(directory):
+        stated = read_manifest(directory).counts.get("tokenizer_digest")
+        if stated and stated != tokenizer.digest:
+            raise CheckpointError(
+                f"{directory}: tokenizer.json (digest {tokenizer.digest[:12]}) is not the one this model was trained "
+                f"with ({str(stated)[:12]}); restore the original file"
+            )
+    return tokenizer
