@@ -1,0 +1,104 @@
+"""Standard errors and 95 % intervals, and whether an interval contains chance.
+
+Accuracies: the sample standard error, and Wilson's interval (Wilson 1927), which stays inside [0, 1] and is right also at
+0 and 1. Metrics of a whole set (bits per byte, chrF++, BLEU): items are resampled with replacement (Efron 1979) with a
+fixed seed; the interval is the 2.5th to 97.5th percentile, and the standard error the spread of the resampled scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959963984540054
+"""97.5th percentile of the standard normal distribution."""
+
+RESAMPLES = 1000
+SEED = 20240607
+MINIMUM = 2
+"""With fewer items there is no spread to estimate."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with what is known about its error.
+
+    Attributes:
+        value: the score.
+        stderr: standard error; None with fewer than two items.
+        interval: 95 % interval; None with fewer than two items.
+        n: items.
+        chance: what guessing would score, if that is defined.
+        method: how the interval came about.
+    """
+
+    value: float
+    stderr: float | None
+    interval: tuple[float, float] | None
+    n: int
+    chance: float | None
+    method: str
+
+    @property
+    def contains_chance(self) -> bool | None:
+        """Whether guessing cannot be told from this score; None where chance or the interval is not defined."""
+        if self.chance is None or self.interval is None:
+            return None
+        return self.interval[0] <= self.chance <= self.interval[1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The metric's entry in `results.json`."""
+        return {
+            "value": self.value,
+            "stderr": self.stderr,
+            "interval": None if self.interval is None else list(self.interval),
+            "n": self.n,
+            "chance": self.chance,
+            "contains_chance": self.contains_chance,
+            "method": self.method,
+        }
+
+
+def accuracy(correct: Sequence[float], chance: float | None = None) -> Estimate:
+    """Share of right answers.
+
+    Args:
+        correct: 1 or 0 per item.
+        chance: mean over the items of 1 / number of options.
+    """
+    n = len(correct)
+    share = math.fsum(correct) / n
+    if n < MINIMUM:
+        return Estimate(share, None, None, n, chance, "too few items")
+    stderr = math.sqrt(share * (1 - share) / (n - 1))
+    return Estimate(share, stderr, wilson(share, n), n, chance, "Wilson")
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion."""
+    z2 = Z95 * Z95
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Sum over sum (bits per byte), with documents resampled."""
+    table = np.stack([np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)], axis=1)
+    return bootstrap(table, lambda rows: float(rows[:, 0].sum() / rows[:, 1].sum()))
+
+
+def bootstrap(rows: np.ndarray, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES) -> Estimate:
+    """A score of a set of rows, with rows resampled."""
+    n = len(rows)
+    value = score(rows)
+    if n < MINIMUM:
+        return Estimate(value, None, None, n, None, "too few items")
+    generator = np.random.default_rng(SEED)
+    scores = np.array([score(rows[generator.integers(0, n, n)]) for _ in range(resamples)])
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return Estimate(value, float(scores.std(ddof=1)), (float(low), float(high)), n, None, f"bootstrap, {resamples}")
