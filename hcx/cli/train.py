@@ -1,0 +1,63 @@
+"""`hcx train`: a recipe to a trained model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hcx.cli.output import echo, print_json, table
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+    app.command("train")(train)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML recipe, such as launch/train/demo.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as engine.zero_stage=2")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check and print the resolved recipe, then stop")] = False,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint directory")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+) -> int:
+    """Trains as a recipe says; resumes by itself after an interruption (exit code 75)."""
+    from hcx.artifacts import find_resource
+    from hcx.config import dump_yaml
+    from hcx.dist import process_environment
+    from hcx.dist.spawn import run_local_ranks, this_command
+    from hcx.model.flops import parameter_count
+    from hcx.recipe import check_recipe, load_train_recipe
+
+    loaded = load_train_recipe(find_resource(recipe), overrides or ())
+    rank, world_size, _ = process_environment()
+    check_recipe(loaded, None if world_size == 1 else world_size)
+    if dry_run:
+        tokens = loaded.train.steps * loaded.train.global_batch * loaded.data.seq_len
+        echo(dump_yaml(loaded))
+        echo(f"# {parameter_count(loaded.model):,} parameters, {tokens:,} tokens, {loaded.world_size} processes: legal")
+        return 0
+    if world_size == 1 and loaded.world_size > 1:
+        return run_local_ranks(this_command(), loaded.world_size)
+
+    from hcx.cli.main import EXIT_RESUMABLE
+    from hcx.recipe.run import run_training
+
+    result = run_training(loaded, resume)
+    if rank == 0:
+        if as_json:
+            print_json(
+                {
+                    "out": loaded.out,
+                    "step": result.step,
+                    "finished": result.finished,
+                    "tokens": result.tokens,
+                    "seconds": result.seconds,
+                    "bits_per_byte": result.bits_per_byte,
+                }
+            )
+        elif result.finished:
+            rows = [(language, f"{value:.4f}") for language, value in result.bits_per_byte.items()]
+            table("held-out text", ("language", "bits per byte"), rows)
+            echo(f"model: {loaded.out}/model")
+    return 0 if result.finished else EXIT_RESUMABLE

@@ -1,0 +1,53 @@
+"""From a configuration to an engine; a library is imported only for the engine that needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hcx.dist import process_environment
+from hcx.engine.base import Engine
+from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
+from hcx.engine.legality import require_legal
+from hcx.errors import ConfigError
+from hcx.model.config import ModelConfig
+from hcx.model.transforms import ModelTransform
+from hcx.model.weights import WeightsProvider
+from hcx.optim import OptimConfig
+
+
+def build_engine(
+    engine_config: TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig,
+    model_config: ModelConfig,
+    optim_config: OptimConfig,
+    transforms: Sequence[ModelTransform],
+    weights: WeightsProvider,
+    seed: int,
+) -> Engine:
+    """Builds the engine of this process; collective over all processes.
+
+    Raises:
+        ConfigError: the layout is not legal for this model and number of processes.
+        MissingExtra: the engine's library is not installed.
+    """
+    _, world_size, _ = process_environment()
+    require_legal(engine_config, model_config, world_size)
+    if optim_config.kind == "muon" and engine_config.kind != "torch":
+        raise ConfigError(
+            f"optim.kind = muon with engine.kind = {engine_config.kind}: a matrix update needs whole matrices, which "
+            "this engine shards; use optim.kind = adamw, or engine.kind = torch"
+        )
+    kind: type[Engine]
+    if isinstance(engine_config, DeepSpeedEngineConfig):
+        from hcx.engine.deepspeed_engine import DeepSpeedEngine as kind
+    elif isinstance(engine_config, MegatronEngineConfig):
+        from hcx.engine.megatron_engine import MegatronEngine as kind
+    else:
+        from hcx.engine.torch_engine import TorchEngine as kind
+    return kind(
+        engine_config=engine_config,  # type: ignore[call-arg]
+        model_config=model_config,
+        optim_config=optim_config,
+        transforms=transforms,
+        weights=weights,
+        seed=seed,
+    )

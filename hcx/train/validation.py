@@ -1,0 +1,58 @@
+"""Held-out text in bits per byte, one figure per language.
+
+`bits per byte = sum over documents of -log2 p(tokens, end of document included) / UTF-8 bytes`: independent of the
+tokenizer, so models with different vocabularies compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from hcx.data.batch import MicroBatch
+from hcx.engine.base import Engine, ModelOutput
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Held-out rows of one language.
+
+    Attributes:
+        language: of the text.
+        micro_batches: every target of the documents once, weight 1.
+        num_bytes: UTF-8 bytes of the documents.
+    """
+
+    language: str
+    micro_batches: Sequence[MicroBatch]
+    num_bytes: int
+
+
+def negative_log_likelihood(output: ModelOutput, micro_batch: MicroBatch) -> Tensor:
+    """Nats of a micro-batch's targets, fp64."""
+    return -(output.token_logprobs(micro_batch.labels).double() * micro_batch.weights.double()).sum()
+
+
+def bits_per_byte(engine: Engine, sets: Sequence[ValidationSet]) -> dict[str, float]:
+    """Bits per byte by language; collective, the rows are shared out over the replicas."""
+    place = engine.topology
+    result = {}
+    for held_out in sets:
+        count = len(held_out.micro_batches)
+        # Every replica makes the same number of forwards, because a forward may be collective (ZeRO-3).
+        rounds = -(-count // place.dp_size)
+        indices = [round_ * place.dp_size + place.dp_rank for round_ in range(rounds)]
+        mine = [held_out.micro_batches[min(index, count - 1)].to(engine.device) for index in indices]
+        nats = engine.score(mine, negative_log_likelihood)
+        total = sum(float(value) for index, value in zip(indices, nats, strict=True) if index < count)
+        if place.world_size > 1:
+            summed = torch.tensor(total, dtype=torch.float64, device=engine.device)
+            torch.distributed.all_reduce(summed)
+            total = float(summed) / (place.world_size / place.dp_size)
+        result[held_out.language] = total / math.log(2) / held_out.num_bytes
+    return result
