@@ -1,9 +1,9 @@
 """The lm-eval adapter: our decoder under lm-eval's tasks, equal per request to its `hf` backend.
 
 Tokenisation, the split into context and continuation, truncation and the treatment of BOS follow
-`lm_eval.models.huggingface.HFLM` (0.4.13) step by step; what differs is only how the work is done: rows with equal inputs
-are computed once, and logits are made in chunks of the scored positions only, so that `[batch, seq, vocab]` is never
-materialised.
+`lm_eval.models.huggingface.HFLM` (0.4.13) step by step; what differs is only how the work is done: rows with equal
+inputs are computed once, and logits are made in chunks of the scored positions only, so that `[batch, seq, vocab]` is
+never materialised.
 """
 
 from __future__ import annotations
@@ -134,6 +134,12 @@ class HcxLM(TemplateLM):
         """Text of token ids."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Log-probability (nats) of each continuation after its context, and whether it is the greedy one."""
+        # Progress is shown below, and only on a terminal.
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood (nats) of whole texts, in disjoint windows of `max_length` tokens.
 
@@ -158,8 +164,8 @@ class HcxLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+        self, requests: list[Request], disable_tqdm: bool = False, **options: Any
+    ) -> list[Answer]:
         """Log-probability of each continuation and whether greedy decoding would have produced it."""
         # Equal inputs (the letters of one question) need one row: the logits depend on the input alone.
         rows: dict[tuple[int, ...], list[int]] = {}
@@ -194,7 +200,7 @@ class HcxLM(TemplateLM):
         self, batch: list[tuple[int, ...]], rows: dict[tuple[int, ...], list[int]], requests: list[Request]
     ) -> Iterable[tuple[int, Answer]]:
         hidden = self._hidden(batch)
-        # One entry per scored position: which hidden state predicts it. Positions of one row are shared by its requests.
+        # One entry per scored position: which hidden state predicts it. Requests of one row share its positions.
         where_row: list[int] = []
         where_position: list[int] = []
         labels: list[int] = []
@@ -218,9 +224,7 @@ class HcxLM(TemplateLM):
         hidden: Tensor = self.decoder(tokens.to(self.device), ForwardMeta())
         return hidden
 
-    def _gather(
-        self, hidden: Tensor, row: list[int], position: list[int], labels: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def _gather(self, hidden: Tensor, row: list[int], position: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
         """Log-probability of each label and whether it is the most likely token, `[n]` each, on the CPU."""
         logprobs, greedy = [], []
         for start in range(0, len(labels), LOGIT_CHUNK):
@@ -250,8 +254,8 @@ class HcxLM(TemplateLM):
                 room = self.max_length - limit
                 if room <= 0:
                     raise EvalError(
-                        f"max_gen_toks = {limit} leaves no room for a prompt: the model takes {self.max_length} tokens; "
-                        "give a smaller max_gen_toks or a larger max_length"
+                        f"max_gen_toks = {limit} leaves no room for a prompt: the model takes {self.max_length} "
+                        "tokens; give a smaller max_gen_toks or a larger max_length"
                     )
                 prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
                 order = sorted(range(len(numbers)), key=lambda i: -len(prompts[i]))

@@ -50,7 +50,9 @@ def missing_data(source: Source, language: str, data: str | Path | None = None) 
     if own_file(source, language, data) is not None:
         return None
     if source == "kmmlu-dev225" and not _kmmlu_files():
-        return f"the installed lm-eval lacks tasks/kmmlu/cot_hard; install lm-eval==0.4.13, or {_advice(source, language)}"
+        return (
+            f"the installed lm-eval lacks tasks/kmmlu/cot_hard; install lm-eval==0.4.13, or {_advice(source, language)}"
+        )
     if source == "mmlu-dev282" and not _mmlu_file():
         return (
             f"the installed lm-eval lacks tasks/mmlu/flan_cot_fewshot; install lm-eval==0.4.13, "
@@ -105,17 +107,17 @@ def read_jsonl(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def embedded_documents(language: str) -> Iterator[str]:
-    """Held-out documents of the text that hcx ships."""
-    from hcx.data import embedded
+    """Held-out documents of the text that hcx ships (code: of the Python standard library)."""
+    from hcx.data import shipped
 
-    yield from embedded.held_out_documents(language)
+    yield from (document.text for document in shipped.shipped_documents(language) if document.split == "validation")
 
 
 def embedded_pairs() -> Iterator[tuple[str, str]]:
     """Held-out (Korean, English) pairs of software documentation that hcx ships."""
-    from hcx.data import embedded
+    from hcx.data import shipped
 
-    yield from embedded.held_out_pairs()
+    yield from ((pair["ko"], pair["en"]) for pair in shipped.translation_pairs())
 
 
 def _kmmlu_files() -> list[Path]:
@@ -199,5 +201,7 @@ def _mend_tex(text: str) -> str:
 
 def _spread(items: list[dict[str, Any]], expected: int, name: str) -> list[dict[str, Any]]:
     if len(items) != expected:
-        raise DataError(f"{name}: found {len(items)} items inside lm-eval, expected {expected}; install lm-eval==0.4.13")
+        raise DataError(
+            f"{name}: found {len(items)} items inside lm-eval, expected {expected}; install lm-eval==0.4.13"
+        )
     return sorted(items, key=lambda item: (item["number"], item["subject"]))

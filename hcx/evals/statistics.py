@@ -1,8 +1,8 @@
 """Standard errors and 95 % intervals, and whether an interval contains chance.
 
-Accuracies: the sample standard error, and Wilson's interval (Wilson 1927), which stays inside [0, 1] and is right also at
-0 and 1. Metrics of a whole set (bits per byte, chrF++, BLEU): items are resampled with replacement (Efron 1979) with a
-fixed seed; the interval is the 2.5th to 97.5th percentile, and the standard error the spread of the resampled scores.
+Accuracies: the sample standard error, and Wilson's interval (Wilson 1927), which stays inside [0, 1] and is right also
+at 0 and 1. Metrics of a whole set (bits per byte, chrF++, BLEU): items are resampled with replacement (Efron 1979) with
+a fixed seed; the interval is the 2.5th to 97.5th percentile, and the standard error the spread of the resampled scores.
 """
 
 from __future__ import annotations

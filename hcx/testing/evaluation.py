@@ -38,9 +38,7 @@ def write_tokenizer(directory: Path, vocab_size: int, adds_bos: bool) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def evaluable_directory(
-    directory: Path, architecture: str = "llama", adds_bos: bool = False, **overrides: Any
-) -> Path:
+def evaluable_directory(directory: Path, architecture: str = "llama", adds_bos: bool = False, **overrides: Any) -> Path:
     """A random model directory that an evaluation can load."""
     directory.mkdir(parents=True, exist_ok=True)
     config = tiny_config(architecture, **overrides)

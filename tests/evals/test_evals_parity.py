@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
@@ -12,7 +13,9 @@ pytest.importorskip("transformers")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from hcx.errors import EvalError
 from hcx.evals.lm import HcxLM
+from hcx.model.meta import ForwardMeta
 from hcx.testing.evaluation import PAIRS, PROMPTS, TEXTS, evaluable_directory
 
 # fp32 sums of up to 256 log-probabilities; the bar asks for 1e-4 per request.
@@ -71,13 +74,32 @@ def test_greedy_continuations_equal_the_hf_backend(backends, batch_size):
     assert any(expected)
 
 
-def test_a_greedy_continuation_is_recognised_as_greedy(backends):
+def test_the_most_likely_token_is_recognised_as_greedy_and_another_is_not(backends):
     _, ours = backends
-    prompt = "The capital of Korea is Seoul. A river"
-    tokens = ours[1].tok_encode(prompt)
-    (generated,) = ours[1].generate_until(requests("generate_until", [(prompt, {"max_gen_toks": 3})]))
-    if ours[1].tok_encode(prompt + generated)[: len(tokens)] != tokens or not generated:
-        pytest.skip("this random model's continuation does not tokenise back to itself")
-    continuation = ours[1].tok_encode(prompt + generated)[len(tokens) :]
-    ((_, greedy),) = ours[1]._loglikelihood_tokens([(None, tokens, continuation[:1])])
-    assert greedy
+    context = ours[1].tok_encode("The capital of Korea is")
+    hidden = ours[1].decoder(torch.tensor([context]), ForwardMeta())
+    best = int(ours[1].decoder.output(hidden).logits()[0, -1].argmax())
+    other = (best + 1) % ours[1].config.vocab_size
+    answers = ours[1]._loglikelihood_tokens([(None, context, [best]), (None, context, [other])])
+    assert [greedy for _, greedy in answers] == [True, False]
+
+
+def test_logits_in_chunks_equal_logits_at_once(backends, monkeypatch):
+    _, ours = backends
+    whole = ours[8].loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    monkeypatch.setattr("hcx.evals.lm.LOGIT_CHUNK", 3)
+    assert [v for v, _ in ours[8].loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)] == pytest.approx(
+        [v for v, _ in whole], abs=TOLERANCE
+    )
+
+
+def test_a_continuation_longer_than_the_model_is_refused_in_words(backends):
+    _, ours = backends
+    with pytest.raises(EvalError, match="loglikelihood_rolling"):
+        ours[1].loglikelihood(requests("loglikelihood", [("x", " long" * 400)]), disable_tqdm=True)
+
+
+def test_sampling_is_refused_rather_than_silently_made_greedy(backends):
+    _, ours = backends
+    with pytest.raises(EvalError, match="greedily"):
+        ours[1].generate_until(requests("generate_until", [("x", {"do_sample": True, "temperature": 0.7})]))

@@ -1,0 +1,117 @@
+"""`hcx eval`: scores with intervals, and which tasks can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hcx.cli.output import echo, print_json
+from hcx.errors import EvalError
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+
+    @app.command("eval")
+    def evaluate(
+        model: Annotated[Path | None, typer.Argument(help="A model directory, full precision or BCQ.")] = None,
+        suite: Annotated[str | None, typer.Option(help="A list of tasks by name: smoke, demo (default).")] = None,
+        tasks: Annotated[str | None, typer.Option(help="Names of tasks, separated by commas.")] = None,
+        limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
+        out: Annotated[Path | None, typer.Option(help="New directory for results.json and the samples.")] = None,
+        data: Annotated[Path | None, typer.Option(help="Folder of item files that are not shipped.")] = None,
+        batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+        numerics: Annotated[str, typer.Option(help="reference, exact or fast.")] = "reference",
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+        dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; the model's own if not given.")] = None,
+        listing: Annotated[bool, typer.Option("--list", help="List the tasks and whether they can run here.")] = False,
+        check: Annotated[bool, typer.Option("--check", help="Load every task and build one request of each.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output, for scripts.")] = False,
+    ) -> None:
+        """Evaluate a model: bits per byte, knowledge, translation, each with its interval.
+
+        Also: `hcx eval --list` and `hcx eval --check`. All tasks are offline.
+        """
+        names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
+        if names == []:
+            raise EvalError("--tasks is empty; see hcx eval --list")
+        if listing:
+            _list(data, as_json)
+        elif check:
+            _check(names, data, as_json)
+        elif model is None:
+            raise EvalError("name a model directory, or use --list or --check")
+        else:
+            from hcx.evals import evaluate as run
+            from hcx.evals.run import choose
+
+            choose(names, suite, limit, data)
+            if out is None:
+                raise EvalError("--out: give a new directory for the results")
+
+            results = run(
+                model,
+                tasks=names,
+                suite=suite,
+                out=out,
+                limit=limit,
+                batch_size=batch_size,
+                numerics=numerics,
+                data=data,
+                device=device,
+                dtype=dtype,
+            )
+            if as_json:
+                print_json(results)
+            else:
+                _show(results, out)
+
+
+def _list(data: Path | None, as_json: bool) -> None:
+    from hcx.evals import status_of, task_cards
+
+    rows = [status_of(card, data) for card in task_cards().values()]
+    if as_json:
+        print_json([row.to_json() for row in rows])
+        return
+    columns = ("task", "suite", "language", "category", "status")
+    _columns(columns, [(r.name, r.suite, r.language, r.category, r.status) for r in rows])
+    for row in rows:
+        if row.reason:
+            echo(f"{row.name}: {row.reason}")
+
+
+def _check(names: list[str] | None, data: Path | None, as_json: bool) -> None:
+    from hcx.evals import check
+    from hcx.evals.run import is_healthy
+
+    rows = check(names, data)
+    if as_json:
+        print_json(rows)
+    else:
+        _columns(("task", "status", "items"), [(r["name"], r["status"], str(r["items"] or "")) for r in rows])
+        for row in rows:
+            if row["reason"]:
+                echo(f"{row['name']}: {row['reason']}")
+    if not is_healthy(rows):
+        raise typer.Exit(2)
+
+
+def _show(results: dict[str, Any], out: Path) -> None:
+    from hcx.evals.run import summary
+
+    _columns(("task", "metric", "value", "stderr", "95 % interval", "items", ""), summary(results))
+    for name, why in results["skipped"].items():
+        echo(f"not run: {name}: {why}")
+    echo(f"results: {out / 'results.json'}")
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Plain columns that are never cut: names and intervals are what the table is for."""
+    lines = [tuple(titles), *map(tuple, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    for line in lines:
+        echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
