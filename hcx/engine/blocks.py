@@ -7,7 +7,7 @@ that one piece of code gathers, scatters and slices weights, optimizer state and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,7 @@ class BlockMap:
             parameter where `ranges` is None.
         group: the ranks that together hold every canonical tensor; None: this rank alone does.
         device: where gathered tensors are built.
+        copies: local parameters that are written but never read from, because their blocks are whole elsewhere.
 
     Building one and `gather` are collective over `group`; the rest is local.
     """
@@ -82,6 +83,7 @@ class BlockMap:
         ranges: Mapping[str, tuple[int, int]] | None,
         group: ProcessGroup | None,
         device: torch.device,
+        copies: frozenset[str] = frozenset(),
     ) -> None:
         self._group = group if group is not None and group.size() > 1 else None
         self._device = device
@@ -94,12 +96,13 @@ class BlockMap:
                 piece = None if held is None else _intersect(parameter, shapes[parameter], block, held)
                 if piece is not None:
                     self._pieces.setdefault(block.name, []).append(piece)
-        self._owned = self._exchange()
+        self._owned = self._exchange(copies)
 
-    def _exchange(self) -> set[tuple[str, tuple[int, ...], tuple[int, int]]]:
+    def _exchange(self, copies: frozenset[str]) -> set[tuple[str, tuple[int, ...], tuple[int, int]]]:
         """Learns every name of the group, and which pieces this rank answers for (replicas: the first holder)."""
-        mine = [piece.key for pieces in self._pieces.values() for piece in pieces]
+        mine = [piece.key for pieces in self._pieces.values() for piece in pieces if piece.parameter not in copies]
         if self._group is None:
+            self._check_cover(mine)
             return set(mine)
         everyone: list[tuple[dict[str, tuple[int, ...]], list]] = [None] * self._group.size()  # type: ignore[list-item]
         torch.distributed.all_gather_object(everyone, (self._shapes, mine), group=self._group)
@@ -110,7 +113,17 @@ class BlockMap:
             for key in keys:
                 owners.setdefault(key, rank)
         self._shapes = merged
+        self._check_cover(owners)
         return {key for key in mine if owners[key] == self._group.rank()}
+
+    def _check_cover(self, owned: Iterable[tuple[str, tuple[int, ...], tuple[int, int]]]) -> None:
+        """Every element has one owner: a gap or an overlap would be silent in every gather."""
+        covered: dict[str, int] = dict.fromkeys(self._shapes, 0)
+        for name, _, (start, stop) in owned:
+            covered[name] += stop - start
+        for name, shape in self._shapes.items():
+            if covered[name] != _numel(shape):
+                raise ValueError(f"{name}: ranks own {covered[name]} of {_numel(shape)} elements")
 
     @property
     def names(self) -> list[str]:

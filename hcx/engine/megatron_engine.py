@@ -11,8 +11,7 @@ What is unusual here (measured; see ARCHITECTURE.md):
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,25 +32,34 @@ with warnings.catch_warnings():
     from megatron.core.enums import ModelType
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
-    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.tensor_parallel.layers import (
+        param_is_not_tensor_parallel_duplicate,
+        set_tensor_model_parallel_attributes,
+    )
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import MegatronModule
-from hcx.dist import Topology, rehearsal
+    from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+from hcx.data.batch import MicroBatch
+from hcx.dist import Topology, init_process_group, process_environment, rehearsal
 from hcx.engine.base import ModelOutput, Objective, StepBatch, StepStats
 from hcx.engine.blocks import BlockMap
+from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, step_meta
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import require_legal
 from hcx.engine.megatron_masters import MegatronMasters
-from hcx.engine.sharded import ShardedEngine
+from hcx.engine.sharded import ShardedEngine, local_groups, trained_names
 from hcx.model.config import ModelConfig
+from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
+from hcx.model.naming import ParameterMap
+from hcx.model.parts.megatron import MegatronParts
+from hcx.model.transforms import ModelTransform, TransformContext
+from hcx.model.weights import WeightsProvider, load_weights
+from hcx.optim import OptimConfig, parameter_groups, state_keys
 
-logger = logging.getLogger(__name__)
-
-_MicroStep = tuple[int, MicroBatch, ForwardMeta]
-"""(index, data, meta) of a micro-batch, as every stage iterates it."""
+_MicroStep = tuple[MicroBatch, ForwardMeta]
+"""A micro-batch and its metadata, as every stage iterates them."""
 
 
 class _Chunk(MegatronModule):
@@ -110,39 +118,56 @@ class MegatronEngine(ShardedEngine):
         weights: WeightsProvider,
         seed: int = 0,
     ) -> None:
-        rank, world_size = _join()
+        _, world_size, local_rank = process_environment()
         require_legal(engine_config, model_config, world_size)
+        _join(world_size)
         self.topology = Topology(
-            rank, world_size, tp_size=engine_config.tensor_parallel, pp_size=engine_config.pipeline_parallel
+            torch.distributed.get_rank(),
+            world_size,
+            tp_size=engine_config.tensor_parallel,
+            pp_size=engine_config.pipeline_parallel,
         )
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self._config, self._transforms, self._steps = engine_config, tuple(transforms), 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        self._config, self._model_config, self._optim = engine_config, model_config, optim_config
+        self._transforms, self._steps = tuple(transforms), 0
         with rehearsal.redirected():
             _acquire_groups(self.topology)
-            self._build(model_config, optim_config, weights, seed)
+            self._build(weights)
 
-    def _build(self, model: ModelConfig, optim: OptimConfig, weights: WeightsProvider, seed: int) -> None:
+    def _build(self, weights: WeightsProvider) -> None:
         """Structure of this stage -> load -> transforms -> wrap -> optimizer."""
-        place, pp = self.topology, self.topology.pp_size
-        per_stage = model.num_layers // pp
+        place, model = self.topology, self._model_config
+        per_stage = model.num_layers // place.pp_size
         self._library = _library_config(self._config, model)
         self._decoder = Decoder(
             model,
-            MegatronParts(self._library, self.device),
+            MegatronParts(self._config.sequence_parallel, torch.float32, self.device),
             layers=range(place.pp_rank * per_stage, (place.pp_rank + 1) * per_stage),
             pre=place.is_first_stage,
             post=place.is_last_stage,
         )
-        self._load(weights)
+        load_weights(self._decoder, self._decoder.parameter_map(), weights)
         context = TransformContext(model, place)
         for transform in self._transforms:
             transform.apply(self._decoder, context)
-        parameters = dict(self._decoder.named_parameters())
+        self._decoder.activation_checkpointing = self._config.activation_checkpointing
+        self._parameters = dict(self._decoder.named_parameters())
         blocks = self._decoder.parameter_map()
-        self._mark(parameters, blocks)
-        tied = None
-        if model.tie_embeddings and pp > 1:
-            tied = self._mark_tied(parameters, blocks)
+        _mark_sharded(self._parameters, blocks)
+        tied = self._mark_tied()
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        # The last stage's copy of a tied embedding is written like every holder, but never read from.
+        copies = frozenset(n for n, p in self._parameters.items() if tied is p and not place.is_first_stage)
+        self._layout = BlockMap(
+            blocks, shapes, None, parallel_state.get_model_parallel_group(), self.device, copies=copies
+        )
+        self._trained = trained_names(self._parameters, blocks, parallel_state.get_model_parallel_group())
+        self._groups = parameter_groups(
+            {name: self._layout.shape(name) for name in self._layout.names if name in self._trained}, self._optim
+        )
+        exact = self._lower_precision()
         self._chunk = DistributedDataParallel(
             self._library,
             DistributedDataParallelConfig(
@@ -154,19 +179,80 @@ class MegatronEngine(ShardedEngine):
             _Chunk(self._library, self._decoder, place, tied),
         )
         self._library.finalize_model_grads_func = self._finalize
-        self._optimizer = self._build_optimizer(optim, parameters, blocks)
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        replica = parallel_state.get_model_parallel_group()
-        self._layout = BlockMap(blocks, shapes, None, replica, self.device)
-        self._masters = MegatronMasters(parameters, self._inner, self._layout, _state_keys(optim))
+        self._optimizer = self._build_optimizer(blocks)
+        keys = state_keys(self._groups[0], self._optim) if self._groups else ()
+        self._masters = MegatronMasters(self._parameters, self._inner, self._layout, keys)
         ranges = self._masters.ranges()
-        sharded = ranges is not None
-        self._blocks = (
-            BlockMap(blocks, shapes, ranges, None if not sharded else torch.distributed.group.WORLD, self.device)
-            if sharded
-            else self._layout
+        self._blocks = self._layout
+        if ranges is not None:
+            world = torch.distributed.group.WORLD
+            self._blocks = BlockMap(blocks, shapes, ranges, world, self.device, copies=copies)
+        self._answers_for_state = ranges is not None or place.dp_rank == 0
+        for name, values in exact.items():
+            span = (0, values.numel()) if ranges is None else ranges.get(name)
+            if span is not None and self._parameters[name].requires_grad:
+                self._masters.fragment(name, "master").copy_(values.view(-1)[slice(*span)])
+
+    def _mark_tied(self) -> nn.Parameter | None:
+        """This stage's copy of an embedding that another stage shares and that is trained, marked for the library."""
+        tied = self._decoder.shared_embedding_or_output_weight()
+        if tied is None or self.topology.pp_size == 1 or not tied.requires_grad:
+            return None
+        tied.shared_embedding = True  # type: ignore[attr-defined]
+        if not self.topology.is_first_stage:
+            # Norms count the first stage's copy only.
+            tied.shared = True  # type: ignore[attr-defined]
+        return tied
+
+    def _lower_precision(self) -> dict[str, Tensor]:
+        """Working weights in the working precision; the fp32 values that the masters shall start from."""
+        if self._config.precision == "fp32":
+            return {}
+        exact = {name: parameter.data for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        return exact
+
+    def _build_optimizer(self, blocks: ParameterMap) -> Any:
+        """The library's optimizer, with one group of its per group of ours."""
+        for name, index in local_groups(blocks, self._groups, self._trained).items():
+            self._parameters[name].hcx_group = index  # type: ignore[attr-defined]
+
+        def member_of(index: int) -> Callable[[nn.Parameter], bool]:
+            return lambda parameter: getattr(parameter, "hcx_group", None) == index
+
+        optim = self._optim
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="sgd" if optim.kind == "sgd" else "adam",
+                lr=optim.lr,
+                min_lr=0.0,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                sgd_momentum=optim.momentum,
+                clip_grad=0.0,
+                bf16=self._config.precision == "bf16",
+                params_dtype=self._library.params_dtype,
+                use_distributed_optimizer=self._config.distributed_optimizer,
+            ),
+            [self._chunk],
+            config_overrides={
+                ParamKey(predicate=ParamPredicate(f"hcx_group_{index}", member_of(index))): {"hcx_group": index}
+                for index in range(len(self._groups))
+            },
+            use_gloo_process_groups=False,
         )
-        self._answers_for_state = sharded or place.dp_rank == 0
+        self._inner = optimizer.chained_optimizers[0]
+        return optimizer
+
+    def _impose_groups(self, lr_factor: float) -> None:
+        """Learning rate and weight decay of every group, for the coming step."""
+        for group in self._inner.param_groups:
+            known = self._groups[group["hcx_group"]]
+            group["lr"] = self._optim.lr * known.lr_mult * lr_factor
+            group["weight_decay"] = known.weight_decay
 
     def train_step(self, batch: StepBatch, objective: Objective, lr_factor: float) -> StepStats:
         """See `Engine.train_step`."""
@@ -184,6 +270,10 @@ class MegatronEngine(ShardedEngine):
             self._clear_gradients()
             return StepStats(loss_sum, weight, metrics, norm, skipped=not finite)
 
+    def _global_weight(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> float:
+        group = parallel_state.get_data_parallel_group()
+        return global_weight(micro_batches, objective, group, self.device, self.topology.dp_size)
+
     def _backward(
         self, batch: StepBatch, objective: Objective, weight: float, force_all_reduce: bool
     ) -> tuple[float, dict[str, float]]:
@@ -195,9 +285,14 @@ class MegatronEngine(ShardedEngine):
             total, metrics = objective(self._decoder.output(hidden), micro_batch)
             sums = {name: value.detach() for name, value in metrics.items()}
             # The schedule works on the loss in place: it gets a fresh tensor, and no tokens to divide by.
-            return total / weight, torch.tensor(0, dtype=torch.int), {_LOSS: total.detach(), **sums}
+            no_tokens = torch.tensor(0, dtype=torch.int, device=self.device)
+            return total / weight, no_tokens, {LOSS: total.detach().clone(), **sums}
 
-        stored = self._schedule(batch, loss, forward_only=False, force_all_reduce=force_all_reduce)
+        steps = [
+            (micro_batch, step_meta(self._transforms, batch.step, index, micro_batch))
+            for index, micro_batch in enumerate(batch.micro_batches)
+        ]
+        stored = self._schedule(steps, loss, forward_only=False, force_all_reduce=force_all_reduce)
         return self._reduce_sums(stored)
 
     def _schedule(
@@ -213,13 +308,15 @@ class MegatronEngine(ShardedEngine):
         Every stage iterates the same micro-batches: positions, document bounds and the DropBP mask are data there.
         """
         rows, columns = micro_steps[0][0].tokens.shape
+        if columns % self.topology.tp_size:
+            require_legal(self._config, self._model_config, self.topology.world_size, seq_len=columns)
 
         def forward_step(iterator: Iterator[_MicroStep], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             micro_batch, meta = next(iterator)
             hidden = chunk(micro_batch, meta)
             return hidden, lambda output, non_loss_data=False: finish(output, micro_batch)
 
-        return get_forward_backward_func()(
+        results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_steps),
             model=[self._chunk],
@@ -230,6 +327,7 @@ class MegatronEngine(ShardedEngine):
             collect_non_loss_data=forward_only,
             force_all_reduce=force_all_reduce,
         )
+        return results
 
     def _finalize(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Reduces gradients over replicas, tied copies and norms; nothing divides them."""
@@ -249,10 +347,7 @@ class MegatronEngine(ShardedEngine):
         """(loss sum, metrics) over micro-batches and replicas, on every stage."""
         sums: dict[str, float] = {}
         if self.topology.is_last_stage:
-            names = sorted(stored[0])
-            totals = torch.stack([torch.stack([entry[name].double() for entry in stored]).sum() for name in names])
-            torch.distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-            sums = dict(zip(names, totals.tolist(), strict=True))
+            sums = reduce_sums(stored, parallel_state.get_data_parallel_group(), self.topology.dp_size)
         if self.topology.pp_size > 1:
             box = [sums]
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -260,11 +355,11 @@ class MegatronEngine(ShardedEngine):
                 box, src=last, group=parallel_state.get_pipeline_model_parallel_group()
             )
             sums = box[0]
-        return sums.pop(_LOSS), sums
+        return sums.pop(LOSS), sums
 
     def _clip(self) -> tuple[float, bool]:
         """Clips each clip group by its own global norm; returns the norm over all of them, and whether it is finite."""
-        members: dict[str, list[nn.Parameter]] = {name: [] for name in self._clip_groups}
+        members: dict[str, list[nn.Parameter]] = {group.clip_group: [] for group in self._groups}
         for group in self._inner.param_groups:
             members[self._groups[group["hcx_group"]].clip_group] += group["params"]
         tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -338,3 +433,73 @@ class MegatronEngine(ShardedEngine):
     def _gradient(self, parameter: str) -> Tensor:
         tensor = self._parameters[parameter]
         return tensor.main_grad.view(-1) if tensor.requires_grad else torch.zeros_like(tensor).view(-1)
+
+    def scalars(self) -> dict[str, Any]:
+        """The number of optimizer steps made."""
+        return {"optimizer_steps": self._steps}
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        """See `Engine.load_scalars`; Adam's bias correction needs the number of steps."""
+        self._steps = int(values.get("optimizer_steps", 0))
+        self._masters.set_step(self._steps)
+
+
+_acquired: tuple[Any, int, int] | None = None
+"""(default process group, tp, pp) that the library's groups were made for."""
+
+
+def _join(world_size: int) -> None:
+    """Joins the default process group; the library wants one for a single process too."""
+    if torch.distributed.is_initialized():
+        return
+    if world_size > 1:
+        init_process_group()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def _acquire_groups(topology: Topology) -> None:
+    """The library's process groups, which are global: made again only for another layout."""
+    global _acquired
+    wanted = (torch.distributed.group.WORLD, topology.tp_size, topology.pp_size)
+    if _acquired == wanted and parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        create_gloo_process_groups=False,
+    )
+    _acquired = wanted
+
+
+def _library_config(engine: MegatronEngineConfig, model: ModelConfig) -> TransformerConfig:
+    """What the schedules, the wrapper and the optimizer read; the decoder has its own configuration."""
+    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.kv_heads,
+        ffn_hidden_size=model.intermediate_size,
+        tensor_model_parallel_size=engine.tensor_parallel,
+        pipeline_model_parallel_size=engine.pipeline_parallel,
+        sequence_parallel=engine.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=engine.precision == "bf16",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        # The loss is final when it arrives: replicas are summed, and nothing divides.
+        calculate_per_token_loss=True,
+    )
+
+
+def _mark_sharded(parameters: Mapping[str, nn.Parameter], blocks: ParameterMap) -> None:
+    """Tells the library which parameters are parts and which are replicas over tensor-parallel ranks."""
+    for name, parameter in parameters.items():
+        first = blocks[name][0]
+        local = (first.rows[1] - first.rows[0], *parameter.shape[1:])
+        split = [dim for dim, size in enumerate(first.global_shape) if local[dim] != size]
+        set_tensor_model_parallel_attributes(parameter, bool(split), split[0] if split else -1, 1)

@@ -6,16 +6,20 @@ The libraries keep fp32 masters and optimizer state in flat shards, each in its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from hcx.engine.base import Engine, StateReader, StateSlice
 from hcx.engine.blocks import BlockMap
 from hcx.errors import CheckpointError, ConfigError, did_you_mean
+from hcx.model.naming import ParameterMap
 from hcx.model.transforms import EditMaster
+from hcx.optim import ParameterGroup
 
 
 class MasterAccess(Protocol):
@@ -118,3 +122,37 @@ class ShardedEngine(Engine):
         """See `Engine.export_state`."""
         for name in self._blocks.names:
             yield name, self._read(name, "master").cpu()
+
+
+def trained_names(
+    parameters: Mapping[str, nn.Parameter], blocks: ParameterMap, group: ProcessGroup | None
+) -> frozenset[str]:
+    """Canonical names of trained parameters over all ranks of a group; collective."""
+    mine = {block.name for local, found in blocks.items() if parameters[local].requires_grad for block in found}
+    if group is None or group.size() == 1:
+        return frozenset(mine)
+    everyone: list[set[str]] = [set()] * group.size()
+    torch.distributed.all_gather_object(everyone, mine, group=group)
+    return frozenset(set().union(*everyone))
+
+
+def local_groups(blocks: ParameterMap, groups: Sequence[ParameterGroup], trained: frozenset[str]) -> dict[str, int]:
+    """Local parameter name -> number of its group.
+
+    Raises:
+        ConfigError: the matrices of one fused parameter belong to different groups.
+    """
+    number_of = {name: number for number, group in enumerate(groups) for name in group.names}
+    result = {}
+    for local, found in blocks.items():
+        names = [block.name for block in found if block.name in trained]
+        if not names:
+            continue
+        other = next((name for name in names if number_of[name] != number_of[names[0]]), None)
+        if other is not None:
+            raise ConfigError(
+                f"optim.rules treat {names[0]} and {other} differently, but this engine updates them as one fused "
+                "matrix; give the matrices of q/k/v, and those of gate/up, the same rule, or use engine.kind = torch"
+            )
+        result[local] = number_of[names[0]]
+    return result

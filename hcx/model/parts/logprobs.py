@@ -7,6 +7,8 @@ vocabulary of 100,000 entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,23 @@ KEEP_BYTES = 256 << 20
 """Up to this size in total, logits are kept instead of computed twice."""
 
 
-def chunked_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which rows of the output matrix this rank holds, where the vocabulary is split over ranks.
+
+    Attributes:
+        first: vocabulary id of the first local row.
+        combine: (log-normalisers, label logits) `[n]` over the local rows -> over all ranks' rows; collective. A label
+            that lies elsewhere has the logit 0 here.
+    """
+
+    first: int
+    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunked_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0, shard: VocabularyShard | None = None
+) -> Tensor:
     """Log-probability of each label.
 
     Args:
@@ -27,11 +45,12 @@ def chunked_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, scale
         weight: `[vocab, hidden]`.
         labels: `[n]` int64.
         scale: factor of the logits.
+        shard: where `weight` is a part of the matrix. The gradient of `hidden` is then this rank's part of a sum.
 
     Returns:
         `[n]` fp32, differentiable in `hidden` and `weight`.
     """
-    result: Tensor = _TokenLogprobs.apply(hidden, weight, labels, scale)
+    result: Tensor = _TokenLogprobs.apply(hidden, weight, labels, scale, shard)
     return result
 
 
@@ -42,7 +61,14 @@ def _logits(hidden: Tensor, weight: Tensor, scale: float) -> Tensor:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: float, shard: VocabularyShard | None
+    ) -> Tensor:
+        held: Tensor | None = None
+        if shard is not None:
+            local = labels - shard.first
+            held = (local >= 0) & (local < weight.shape[0])
+            labels = local.masked_fill(~held, 0)
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         keep = 4 * hidden.shape[0] * weight.shape[0] <= KEEP_BYTES and any(ctx.needs_input_grad[:2])
         kept, normalisers, picked = [], [], []
@@ -52,15 +78,17 @@ class _TokenLogprobs(torch.autograd.Function):
             picked.append(logits.gather(-1, labels[start : start + rows, None])[:, 0])
             if keep:
                 kept.append(logits)
-        normaliser = torch.cat(normalisers)
-        ctx.save_for_backward(hidden, weight, labels, normaliser, *kept)
+        normaliser, chosen = torch.cat(normalisers), torch.cat(picked)
+        if shard is not None and held is not None:
+            normaliser, chosen = shard.combine(normaliser, chosen.masked_fill(~held, 0.0))
+        ctx.save_for_backward(hidden, weight, labels, held, normaliser, *kept)
         ctx.scale, ctx.rows = scale, rows
-        return torch.cat(picked) - normaliser
+        return chosen - normaliser
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, labels, normaliser, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, labels, held, normaliser, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for number, start in enumerate(range(0, hidden.shape[0], ctx.rows)):
@@ -69,11 +97,12 @@ class _TokenLogprobs(torch.autograd.Function):
             # d log p / dz = one_hot(label) - softmax(z), times the incoming gradient and the scale.
             upstream = grad[part].float() * ctx.scale
             delta = logits.sub_(normaliser[part, None]).exp_().mul_(-upstream[:, None])
-            delta.scatter_add_(-1, labels[part, None], upstream[:, None])
+            at_label = upstream if held is None else upstream * held[part]
+            delta.scatter_add_(-1, labels[part, None], at_label[:, None])
             delta = delta.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(delta, weight, out=grad_hidden[part])
             if ctx.needs_input_grad[1]:
                 product = delta.t() @ hidden[part]
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
