@@ -1,0 +1,186 @@
+"""Packed batches in an order that depends on nothing but the seed.
+
+Sample i of a run is a pure function of (shards, sequence length, shares, seed, i). Step t of global batch G takes the
+samples [t*G, (t+1)*G) however many data-parallel ranks there are, however many threads prepare them, and wherever a
+run was interrupted: so runs can be compared sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from hcx.data.batch import MicroBatch
+from hcx.data.mixture import Mixture, checked_shares
+from hcx.data.shards import ShardSet
+from hcx.data.stream import LanguageStream, Row, stack_rows
+from hcx.data.validation import validation_batches
+from hcx.errors import ConfigError, DataError
+
+
+class PackedLoader:
+    """Rows of packed documents from shards.
+
+    Args:
+        shards: where the tokens are.
+        split: `train` or `validation` (for training on; held-out documents are scored with `validation_batches`).
+        seq_len: tokens per row.
+        seed: orders documents and rows.
+        shares: language -> share of rows; None: as the data recipe says. Languages left out get nothing.
+
+    Raises:
+        ConfigError: shares or sequence length are not possible.
+        DataError: a language with a share has no tokens.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        split: str = "train",
+        seq_len: int = 512,
+        seed: int = 0,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
+        if seq_len < 1:
+            raise ConfigError(f"seq_len = {seq_len}: must be at least 1")
+        self.shards = shards
+        self.split = split
+        self.seq_len = seq_len
+        self.seed = seed
+        self.next_sample = 0
+        """The first sample that no step has taken yet."""
+        self._mixture = Mixture(checked_shares(shares, shards.shares))
+        self.shares = self._mixture.shares
+        self._streams: dict[str, LanguageStream] = {}
+        for language, share in self.shares.items():
+            if share > 0:
+                stream = LanguageStream(shards.shard(language, split), language, seq_len, seed, shards.eos_id)
+                if stream.num_tokens == 0:
+                    raise DataError(f"{shards.directory}: language {language!r} has no {split} tokens")
+                self._streams[language] = stream
+
+    def rows(self, sample_ids: Sequence[int]) -> MicroBatch:
+        """The samples with these global numbers, in this order."""
+        rows: list[Row] = []
+        sources = []
+        for sample in sample_ids:
+            language, number = self._mixture.row(sample)
+            rows.append(self._streams[language].row(number))
+            sources.append(language)
+        return stack_rows(rows, tuple(int(sample) for sample in sample_ids), tuple(sources))
+
+    def step_batch(
+        self,
+        step: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        first_sample: int = 0,
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches of one step.
+
+        Args:
+            step: the step's number, from 0.
+            global_batch: samples per step over all ranks.
+            micro_batch: samples per micro-batch.
+            dp_rank: this data-parallel rank.
+            dp_size: number of data-parallel ranks.
+            first_sample: number of step 0's first sample; to go on after a change of `global_batch`.
+
+        Raises:
+            ConfigError: the sizes do not divide.
+        """
+        samples = self._step_samples(step, global_batch, micro_batch, dp_rank, dp_size, first_sample)
+        self.next_sample = first_sample + (step + 1) * global_batch
+        return [self.rows(group) for group in samples]
+
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        first_sample: int = 0,
+        threads: int = 1,
+    ) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of steps `start_step` to `stop_step - 1`, in order, prepared ahead by threads.
+
+        The number of threads (0: none) changes nothing but the waiting.
+        """
+        arguments = (global_batch, micro_batch, dp_rank, dp_size, first_sample)
+        if threads == 0:
+            for step in range(start_step, stop_step):
+                yield self.step_batch(step, *arguments)
+            return
+
+        def prepare(step: int) -> list[MicroBatch]:
+            return [self.rows(group) for group in self._step_samples(step, *arguments)]
+
+        with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="hcx-loader") as pool:
+            waiting: deque[Future[list[MicroBatch]]] = deque()
+            ahead = start_step
+            for step in range(start_step, stop_step):
+                while ahead < stop_step and len(waiting) <= 2 * threads:
+                    waiting.append(pool.submit(prepare, ahead))
+                    ahead += 1
+                batch = waiting.popleft().result()
+                self.next_sample = first_sample + (step + 1) * global_batch
+                yield batch
+
+    def _step_samples(
+        self, step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, first_sample: int
+    ) -> list[range]:
+        if global_batch % (dp_size * micro_batch) or min(global_batch, micro_batch, dp_size) < 1:
+            raise ConfigError(
+                f"global_batch = {global_batch} is not a multiple of micro_batch = {micro_batch} times "
+                f"{dp_size} data-parallel ranks"
+            )
+        if not 0 <= dp_rank < dp_size:
+            raise ConfigError(f"dp_rank = {dp_rank}: must be 0 to {dp_size - 1}")
+        per_rank = global_batch // dp_size
+        begin = first_sample + step * global_batch + dp_rank * per_rank
+        return [range(start, start + micro_batch) for start in range(begin, begin + per_rank, micro_batch)]
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """How many times each language has been read after so many samples."""
+        last = {language: 0 for language in self._streams}
+        for number in range(max(0, num_samples - 1000), num_samples):
+            language, before = self._mixture.row(number)
+            last[language] = before + 1
+        return {language: count / self._streams[language].rows_per_epoch for language, count in last.items()}
+
+    def validation_batches(
+        self, language: str, seq_len: int | None = None, micro_batch: int = 8, limit: int | None = None
+    ) -> Iterator[MicroBatch]:
+        """The held-out documents of a language, each scored whole; see `hcx.data.validation`."""
+        return validation_batches(self.shards, language, seq_len or self.seq_len, micro_batch, limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must agree for the order to go on, and where it stands."""
+        return {
+            "shards": self.shards.digest,
+            "split": self.split,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "shares": dict(self.shares),
+            "next_sample": self.next_sample,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state was taken.
+
+        Raises:
+            DataError: the loader is not the one that the state describes; the first difference is named.
+        """
+        for key, mine in self.state_dict().items():
+            if key != "next_sample" and state.get(key) != mine:
+                raise DataError(
+                    f"the data order cannot go on: {key} was {state.get(key)!r}, now {mine!r}; "
+                    "use the same data and settings, or start a new run from the model"
+                )
+        self.next_sample = int(state["next_sample"])
