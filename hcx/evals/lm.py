@@ -21,7 +21,7 @@ from lm_eval.models.utils import configure_pad_token, has_bos_prefix, normalize_
 from torch import Tensor
 
 from hcx.errors import EvalError
-from hcx.evals.generation import Continuation, continue_greedily
+from hcx.generate import Generator, SamplingParams
 from hcx.model.convert.tokenizer import transformers_tokenizer
 from hcx.model.meta import ForwardMeta
 from hcx.obs import Progress
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LOGIT_CHUNK = 512
 """Positions whose logits exist at the same time: at a vocabulary of 131,072 that is 256 MiB of fp32."""
+
+GENERATION_ROUND = 8
+"""Batches handed to the generator at a time: enough to keep its rows full, few enough to show progress."""
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
@@ -248,24 +251,26 @@ class HcxLM(TemplateLM):
         with Progress("generating", len(requests), "requests") as progress:
             for numbers in by_options.values():
                 options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
-                until = [*options.pop("until", []), eos]
+                until = [stop for stop in [*options.pop("until", []), eos] if stop]
                 limit = int(options.pop("max_gen_toks"))
-                _check_greedy(options)
                 room = self.max_length - limit
                 if room <= 0:
                     raise EvalError(
                         f"max_gen_toks = {limit} leaves no room for a prompt: the model takes {self.max_length} "
                         "tokens; give a smaller max_gen_toks or a larger max_length"
                     )
-                prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+                prompts = [
+                    self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id] for number in numbers
+                ]
+                generator = Generator(self.loaded, self.batch_size, max_seq=max(map(len, prompts)) + limit)
                 order = sorted(range(len(numbers)), key=lambda i: -len(prompts[i]))
-                for start in range(0, len(order), self.batch_size):
-                    batch = order[start : start + self.batch_size]
-                    rows = [Continuation(prompts[i]) for i in batch]
-                    continue_greedily(self, rows, until, limit)
-                    for i, row in zip(batch, rows, strict=True):
+                for start in range(0, len(order), GENERATION_ROUND * self.batch_size):
+                    batch = order[start : start + GENERATION_ROUND * self.batch_size]
+                    params = [_sampling(options, until, limit, seed=numbers[i]) for i in batch]
+                    completions = generator.generate([prompts[i] for i in batch], params)
+                    for i, completion in zip(batch, completions, strict=True):
                         number = numbers[i]
-                        results[number] = _before_stops(self.tok_decode(row.tokens), until)
+                        results[number] = _before_stops(self.tok_decode(completion.token_ids), until)
                         self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
                         progress.advance()
         return results
@@ -312,13 +317,25 @@ def _batch_size(value: int | str) -> int:
     return size
 
 
-def _check_greedy(options: dict[str, Any]) -> None:
-    temperature, sampled = float(options.get("temperature") or 0.0), bool(options.get("do_sample"))
-    if sampled or temperature > 0.0:
-        raise EvalError("this task samples (do_sample or temperature > 0); the hcx model evaluates greedily")
-    beams = options.get("num_beams", 1)
-    if beams != 1:
-        raise EvalError(f"num_beams = {beams}; the hcx model has no beam search")
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+def _sampling(options: dict[str, Any], until: Sequence[str], limit: int, seed: int) -> SamplingParams:
+    """lm-eval's generation options as ours; what we cannot do is refused, not ignored."""
+    given = {name: value for name, value in options.items() if name != "do_sample" and value is not None}
+    if given.get("num_beams", 1) == 1:
+        given.pop("num_beams", None)
+    unknown = sorted(set(given) - set(SAMPLING_OPTIONS))
+    if unknown:
+        raise EvalError(
+            f"generation option {unknown[0]} = {given[unknown[0]]!r}: the hcx model cannot do that; "
+            f"supported: until, max_gen_toks, do_sample, {', '.join(SAMPLING_OPTIONS)}"
+        )
+    if not options.get("do_sample"):
+        given = {"repetition_penalty": given.get("repetition_penalty", 1.0), "temperature": 0.0}
+    elif not given.get("temperature"):
+        given["temperature"] = 1.0
+    return SamplingParams(max_tokens=limit, stop=tuple(until), seed=seed, **given)
 
 
 def _before_stops(text: str, until: Sequence[str]) -> str:

@@ -99,7 +99,17 @@ def test_a_continuation_longer_than_the_model_is_refused_in_words(backends):
         ours[1].loglikelihood(requests("loglikelihood", [("x", " long" * 400)]), disable_tqdm=True)
 
 
-def test_sampling_is_refused_rather_than_silently_made_greedy(backends):
+def test_sampling_is_repeatable_and_differs_between_requests_with_equal_prompts(backends):
     _, ours = backends
-    with pytest.raises(EvalError, match="greedily"):
-        ours[1].generate_until(requests("generate_until", [("x", {"do_sample": True, "temperature": 0.7})]))
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    first, second = (
+        ours[8].generate_until(requests("generate_until", [("The capital", dict(options))] * 2)) for _ in range(2)
+    )
+    assert first == second
+    assert first[0] != first[1]
+
+
+def test_a_generation_option_that_cannot_be_followed_is_refused(backends):
+    _, ours = backends
+    with pytest.raises(EvalError, match="num_beams = 4"):
+        ours[1].generate_until(requests("generate_until", [("x", {"num_beams": 4, "max_gen_toks": 4})]))
