@@ -21,6 +21,7 @@ from hcx.model.naming import ParameterMap
 from hcx.model.parts.attention import attend
 from hcx.model.parts.base import Parts
 from hcx.model.parts.linear import LinearPart, VectorName
+from hcx.model.parts.norm import rms_norm
 from hcx.model.rope import Rotary, rotary_tables, rotate
 
 
@@ -35,7 +36,7 @@ class Norm(nn.Module):
         self.name = VectorName(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
     def parameter_map(self) -> ParameterMap:
         """Canonical slices by local name."""
@@ -85,8 +86,12 @@ class Attention(Sublayer):
 
     def branch(self, x: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
         fused = self.qkv(x)
-        q, k, v = fused.unflatten(-1, (sum(self.heads), self.dim)).split(self.heads, dim=2)
-        return self.out(attend(rotate(q, rotary), rotate(k, rotary), v, meta, self.layer, self.scale))
+        heads = fused.unflatten(-1, (sum(self.heads), self.dim))
+        queries, keys, _ = self.heads
+        # Queries and keys lie side by side: one rotation turns both.
+        turned, v = rotate(heads[:, :, : queries + keys], rotary), heads[:, :, queries + keys :]
+        q, k = turned.split([queries, keys], dim=2)
+        return self.out(attend(q, k, v, meta, self.layer, self.scale))
 
 
 class MLP(Sublayer):
