@@ -100,7 +100,7 @@ def utf8_bytes(document: Document) -> int:
 
 
 def training_texts(texts: dict[str, LanguageText], max_bytes_per_language: int) -> Iterator[str]:
-    """The training documents, language by language, up to a number of UTF-8 bytes each: what a tokenizer learns from."""
+    """What a tokenizer learns from: training documents, up to a number of UTF-8 bytes of each language."""
     for text in texts.values():
         used = 0
         for document in text.documents["train"]:

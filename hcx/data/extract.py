@@ -17,9 +17,33 @@ from pathlib import Path
 
 from hcx.errors import DataError
 
-_BLOCKS = frozenset("p h1 h2 h3 h4 h5 h6 li td th dt dd pre div section table tr ul ol dl br".split())
-_SKIPPED = frozenset("script style head nav footer".split())
-_FURNITURE = frozenset("navheader navfooter sphinxsidebar related footer debug".split())
+_BLOCKS = frozenset(
+    (
+        "p",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "li",
+        "td",
+        "th",
+        "dt",
+        "dd",
+        "pre",
+        "div",
+        "section",
+        "table",
+        "tr",
+        "ul",
+        "ol",
+        "dl",
+        "br",
+    )
+)
+_SKIPPED = frozenset(("script", "style", "head", "nav", "footer"))
+_FURNITURE = frozenset(("navheader", "navfooter", "sphinxsidebar", "related", "footer", "debug"))
 """Classes of elements that frame a page."""
 _HANGUL = re.compile("[\uac00-\ud7a3]")
 _LETTER = re.compile("[A-Za-z\uac00-\ud7a3]")

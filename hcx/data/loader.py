@@ -148,11 +148,10 @@ class PackedLoader:
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How many times each language has been read after so many samples."""
-        last = {language: 0 for language in self._streams}
-        for number in range(max(0, num_samples - 1000), num_samples):
-            language, before = self._mixture.row(number)
-            last[language] = before + 1
-        return {language: count / self._streams[language].rows_per_epoch for language, count in last.items()}
+        return {
+            language: count / self._streams[language].rows_per_epoch
+            for language, count in self._mixture.counts(num_samples).items()
+        }
 
     def validation_batches(
         self, language: str, seq_len: int | None = None, micro_batch: int = 8, limit: int | None = None

@@ -40,6 +40,14 @@ class Mixture:
         name, before = self._pattern[index]
         return name, period * self._per_period[name] + before
 
+    def counts(self, num_rows: int) -> dict[str, int]:
+        """How many of the first `num_rows` rows are of each language."""
+        period, index = divmod(num_rows, PERIOD)
+        counts = {name: period * rows for name, rows in self._per_period.items()}
+        for name, _ in self._pattern[:index]:
+            counts[name] += 1
+        return counts
+
 
 def checked_shares(shares: Mapping[str, float] | None, default: Mapping[str, float]) -> dict[str, float]:
     """The shares to use; unknown languages are errors, languages left out get nothing."""

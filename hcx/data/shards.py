@@ -130,7 +130,7 @@ def read_megatron(prefix: Path) -> Shard:
         raise DataError(
             f"{tokens_path}: {tokens_path.stat().st_size} bytes, the index says {total * itemsize}; damaged"
         )
-    # A document of Megatron's may be several sequences (sentences); all that matters here is that they follow each other.
+    # A document of Megatron's may be several sequences (sentences); here they need only follow each other.
     if sequences and not np.array_equal(pointers, (np.cumsum(sizes) - sizes) * itemsize):
         raise DataError(f"{index_path}: sequences are not stored one after another; rewrite the shard")
     if sequences and (bounds[0] != 0 or bounds[-1] != sequences or np.any(np.diff(bounds) <= 0)):

@@ -150,9 +150,9 @@ class Tokenizer:
         """
         self._check_ids(ids)
         if self._byte_level:
-            return b"".join(
-                self.token_bytes(i) for i in ids if not (skip_special and i in self._special_ids)
-            ).decode("utf-8", errors="replace")
+            return b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self._special_ids)).decode(
+                "utf-8", errors="replace"
+            )
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -231,7 +231,9 @@ def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"text with a lone surrogate at character {error.start} is not UTF-8; mend the source") from None
+        raise DataError(
+            f"text with a lone surrogate at character {error.start} is not UTF-8; mend the source"
+        ) from None
     return text
 
 
