@@ -10,16 +10,23 @@ import importlib.util
 import json
 import os
 import re
+import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import hcx
+from hcx.artifacts import find_resource
 from hcx.errors import DataError
 
 Source = Literal["embedded-text", "embedded-pairs", "kmmlu-dev225", "mmlu-dev282"]
 
 DATA_VARIABLE = "HCX_EVAL_DATA"
 """Environment variable that names the folder of item files when `--data` does not."""
+
+RECIPE = "launch/data/demo.yaml"
+"""The data recipe whose held-out documents are scored."""
 
 KMMLU_ITEMS = 225
 MMLU_ITEMS = 282
@@ -59,11 +66,18 @@ def missing_data(source: Source, language: str, data: str | Path | None = None) 
             f"or {_advice(source, language)}"
         )
     if source in ("embedded-text", "embedded-pairs"):
-        try:
-            next(iter(embedded_documents(language) if source == "embedded-text" else embedded_pairs()))
-        except (DataError, ImportError, StopIteration) as error:
-            return f"the text shipped with hcx is not there ({error}); reinstall hcx, or {_advice(source, language)}"
+        # Looked for, not opened: reading it would make `hcx eval --list` wait for torch.
+        path = _shipped_file(source, language)
+        if not path.exists():
+            return f"{path}: missing; install hcx again, or {_advice(source, language)}"
     return None
+
+
+def _shipped_file(source: Source, language: str) -> Path:
+    if language == "code":
+        return Path(sysconfig.get_paths()["stdlib"])
+    folder = Path(hcx.__file__).parent / "data" / "embedded"
+    return folder / ("pairs.jsonl.xz" if source == "embedded-pairs" else f"{language}.jsonl.xz")
 
 
 def file_name(source: Source, language: str) -> str:
@@ -106,11 +120,20 @@ def read_jsonl(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def embedded_documents(language: str) -> Iterator[str]:
-    """Held-out documents of the text that hcx ships (code: of the Python standard library)."""
-    from hcx.data import shipped
+@cache
+def embedded_documents(language: str) -> tuple[str, ...]:
+    """Held-out documents of the shipped data recipe, in its mixed order: those that its shards hold out too.
 
-    yield from (document.text for document in shipped.shipped_documents(language) if document.split == "validation")
+    Korean and English text ships with hcx; code is the standard library of the Python that runs, so its files differ
+    between Python versions.
+    """
+    from hcx.config import load_config
+    from hcx.data import DataRecipe
+    from hcx.data.build import read_texts
+
+    path = find_resource(RECIPE)
+    recipe = load_config(DataRecipe, path)
+    return tuple(document.text for document in read_texts(recipe, path.parent)[language].documents["validation"])
 
 
 def embedded_pairs() -> Iterator[tuple[str, str]]:
