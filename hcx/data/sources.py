@@ -33,7 +33,7 @@ _STDLIB_LEFT_OUT = frozenset(
         "config",
     }
 )
-_STDLIB_SIZES = range(500, 80_000)
+_STDLIB_SIZES = range(500, 40_000)
 """Characters per file: shorter ones are stubs, longer ones would fill the budget alone."""
 
 
