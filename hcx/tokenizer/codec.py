@@ -176,7 +176,7 @@ class Tokenizer:
             elif match := _BYTE_FALLBACK.match(token):
                 value = bytes([int(match.group(1), 16)])
             else:
-                value = token.replace("▁", " ").encode()
+                value = token.replace("\u2581", " ").encode()
             cache[token_id] = value
         return cache[token_id]
 
