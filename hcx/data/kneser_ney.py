@@ -31,21 +31,23 @@ Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 
 
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
+"""KenLM's, for samples too small for the estimate."""
+
+
 def modified_discounts(counts: Int) -> Float:
     """`[4]`: what to subtract from counts of 0, 1, 2, and 3 or more (Chen and Goodman, equation 26).
 
-    Tiny samples lack some counts of counts; then the estimate is undefined, and one half (of the count, at most) is
-    used in its place.
+    A small sample may lack some counts of counts, or yield a discount of 0, which would leave unseen tokens no
+    probability; then all three are `FALLBACK_DISCOUNTS`.
     """
-    n = [0.0] + [float(np.count_nonzero(counts == value)) for value in (1, 2, 3, 4)]
-    if n[1] == 0 or n[2] == 0:
-        return np.array([0.0, 0.5, 0.5, 0.5])
-    y = n[1] / (n[1] + 2 * n[2])
-    discounts = [0.0]
-    for value in (1, 2, 3):
-        estimate = value - (value + 1) * y * n[value + 1] / n[value] if n[value] else 0.5
-        discounts.append(min(max(estimate, 0.0), value))
-    return np.array(discounts)
+    n = [float(np.count_nonzero(counts == value)) for value in range(5)]
+    if min(n[1:4]) > 0:
+        y = n[1] / (n[1] + 2 * n[2])
+        discounts = [value - (value + 1) * y * n[value + 1] / n[value] for value in (1, 2, 3)]
+        if min(discounts) > 0:
+            return np.array([0.0, *discounts])
+    return np.array([0.0, *FALLBACK_DISCOUNTS])
 
 
 class _Order:

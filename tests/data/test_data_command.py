@@ -1,0 +1,65 @@
+"""`hcx data` and `hcx tokenizer` as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hcx.cli.main import main
+from hcx.testing.shards import tiny_shards
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_build_report_and_tokenizer_train_work_from_yaml(tmp_path, capsys) -> None:
+    tiny_shards(tmp_path)  # writes the JSON lines too
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "languages:\n  ko: {share: 3, sources: [{kind: jsonl, path: ko.jsonl}]}\n"
+        "  en: {share: 1, sources: [{kind: jsonl, path: en.jsonl}]}\n"
+        "tokenizer: {kind: train, vocab_size: 512}\nvalidation_fraction: 0.2\n"
+    )
+    code, out, _ = run(capsys, "data", "build", recipe, "tokenizer.vocab_size=384", "--out", tmp_path / "s", "--json")
+    assert code == 0
+    built = json.loads(out)
+    assert built["shares"] == {"ko": 0.75, "en": 0.25}
+    assert built["vocab_size"] == 384
+    code, out, _ = run(capsys, "data", "report", tmp_path / "s", "--verify", "--baseline")
+    assert code == 0
+    assert "75.0%" in out
+    assert "trigram" in out
+    (tmp_path / "t.yaml").write_text("vocab_size: 384\ndata: r.yaml\n")
+    code, _, _ = run(capsys, "tokenizer", "train", tmp_path / "t.yaml", "--out", tmp_path / "tok")
+    assert code == 0
+    # The same text and size as the shards' own tokenizer.
+    same = (tmp_path / "s/tokenizer/tokenizer.json").read_bytes()
+    assert (tmp_path / "tok/tokenizer.json").read_bytes() == same
+    code, out, _ = run(capsys, "tokenizer", "report", tmp_path / "tok", "--text", tmp_path / "ko.jsonl", "--json")
+    assert code == 0
+    assert json.loads(out)[0]["lossless"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "fetch", "embeded"], "did you mean 'embedded'"),
+        (["data", "report", "/nowhere"], "no such directory"),
+        (["data", "build", "launch/data/dem.yaml"], "did you mean 'launch/data/demo.yaml'"),
+        (["data", "build", "launch/data/demo.yaml", "languages.ko.shares=1"], "did you mean 'share'"),
+        (["tokenizer", "report", "/nowhere", "--text", __file__], r"no tokenizer.json"),
+    ],
+)
+def test_mistakes_are_answered_with_a_message_and_exit_code_2(
+    tmp_path, capsys, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, *arguments)
+    assert code == 2
+    assert message in error
+    assert "Traceback" not in error
