@@ -34,6 +34,11 @@ class Detokenizer:
         """A stream for one answer, which ends at any of the stop strings."""
         return TextStream(self, stop)
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, all at once."""
+        stream = self.stream()
+        return "".join(stream.push(token) for token in tokens) + stream.finish()
+
     def visible(self, token: int) -> bool:
         """Whether a token stands for text: special tokens and embedding rows beyond the vocabulary do not."""
         return token not in self.special and token < self.vocab_size

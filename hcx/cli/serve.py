@@ -1,0 +1,74 @@
+"""`hcx serve`: OpenAI's protocol over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcx.cli.output import echo
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb."""
+
+    @app.command("serve")
+    def serve(
+        model: Annotated[Path, typer.Argument(help="Model directory.", show_default=False)],
+        host: Annotated[str, typer.Option(help="Address; others than this machine's own need --api-key-file.")] = (
+            "127.0.0.1"
+        ),
+        port: Annotated[int, typer.Option(help="TCP port; 0: any free one.", min=0, max=65535)] = 8000,
+        api_key_file: Annotated[Path | None, typer.Option(help="File with API keys, one per line.")] = None,
+        name: Annotated[str | None, typer.Option(help="Name of the model; its directory's if not given.")] = None,
+        adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR; not served yet.")] = None,
+        numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
+        kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
+        device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+        max_batch: Annotated[int, typer.Option(help="Requests that generate at the same time.", min=1)] = 8,
+        max_seq: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's own limit.")] = None,
+        max_queue: Annotated[int, typer.Option(help="Choices that may wait.", min=0)] = 256,
+        max_prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.", min=1)] = None,
+        max_choices: Annotated[int, typer.Option(help="Prompts times n in one request.", min=1)] = 128,
+        max_logprobs: Annotated[int, typer.Option(help="Alternatives per token.", min=0)] = 20,
+        max_body_bytes: Annotated[int, typer.Option(help="Size of a request's body.", min=1)] = 4 * 2**20,
+        request_timeout_s: Annotated[float, typer.Option(help="Seconds per request.", min=0.001)] = 300.0,
+    ) -> None:
+        """Serves a model with OpenAI's protocol: /v1/completions, /v1/chat/completions, /v1/models.
+
+        Also /health, /metrics (Prometheus) and a playground page at /. Ctrl-C ends it.
+        """
+        from hcx.errors import ConfigError
+        from hcx.serve.config import ServeConfig, read_api_keys
+
+        if adapter:
+            raise ConfigError(f"--adapter {adapter[0]}: adapters are not served yet; give a model that contains it")
+        config = ServeConfig(
+            host=host,
+            port=port,
+            model_name=name or model.resolve().name,
+            max_batch=max_batch,
+            max_seq=max_seq,
+            max_queue=max_queue,
+            max_prompt_tokens=max_prompt_tokens,
+            max_choices=max_choices,
+            max_logprobs=max_logprobs,
+            max_body_bytes=max_body_bytes,
+            request_timeout_s=request_timeout_s,
+        )
+        keys = read_api_keys(api_key_file, host)
+
+        from hcx.cli.models import load_for_inference
+        from hcx.serve.server import bind, make_server
+
+        listener = bind(host, port)
+        try:
+            server = make_server(load_for_inference(model, numerics, kernel, device), config, keys)
+            shown = f"[{host}]" if ":" in host else host
+            echo(f"serving {config.model_name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
+            sys.stdout.flush()
+            server.run(sockets=[listener])
+        finally:
+            listener.close()
