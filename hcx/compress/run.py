@@ -1,0 +1,191 @@
+"""Compresses a model directory, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hcx.artifacts import artifact_input, digest_file, new_artifact
+from hcx.compress.plan import CompressPlan, ModulePlan
+from hcx.errors import CheckpointError, ConfigError
+from hcx.model.convert.hf import copy_tokenizer, write_json, write_weights
+from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
+
+STEM = "bcq"
+"""Weight files are named `bcq*.safetensors`, which a stock loader cannot find: it would fill the weights at random."""
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ModuleResult:
+    """What became of one weight.
+
+    Attributes:
+        stem: module name.
+        plan: the settings used.
+        relative_error: `|W - W'|_F / |W|_F`.
+        bits_per_weight: stored bits, scales and offsets counted.
+        weights: number of weights.
+    """
+
+    stem: str
+    plan: ModulePlan
+    relative_error: float
+    bits_per_weight: float
+    weights: int
+
+
+@dataclass
+class CompressionSummary:
+    """What became of a model.
+
+    Attributes:
+        directory: the compressed model.
+        modules: one entry per compressed weight.
+        file_bytes, source_bytes: of the weight files after and before.
+    """
+
+    directory: Path
+    modules: list[ModuleResult] = field(default_factory=list)
+    file_bytes: int = 0
+    source_bytes: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per compressed weight, scales and offsets counted."""
+        total = sum(module.weights for module in self.modules)
+        return sum(module.bits_per_weight * module.weights for module in self.modules) / total if total else 0.0
+
+    def by_type(self) -> dict[str, dict[str, float]]:
+        """Mean relative error and bits per weight by the last part of the module name."""
+        groups: dict[str, list[ModuleResult]] = defaultdict(list)
+        for module in self.modules:
+            groups[module.stem.rsplit(".", 1)[1]].append(module)
+        return {
+            name: {
+                "modules": len(found),
+                "weights": sum(module.weights for module in found),
+                "relative_error": sum(module.relative_error for module in found) / len(found),
+                "bits_per_weight": sum(m.bits_per_weight * m.weights for m in found) / sum(m.weights for m in found),
+            }
+            for name, found in groups.items()
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "directory": str(self.directory),
+            "bits_per_weight": self.bits_per_weight,
+            "file_bytes": self.file_bytes,
+            "source_bytes": self.source_bytes,
+            "by_type": self.by_type(),
+            "modules": {
+                module.stem: {
+                    **module.plan.model_dump(),
+                    "relative_error": module.relative_error,
+                    "bits_per_weight": module.bits_per_weight,
+                    "weights": module.weights,
+                }
+                for module in self.modules
+            },
+        }
+
+
+def compress_model(
+    source: str | Path,
+    out: str | Path,
+    plan: CompressPlan,
+    progress: Callable[[str], None] | None = None,
+) -> CompressionSummary:
+    """Writes a compressed copy of a model directory.
+
+    Args:
+        source: a full-precision MODEL directory.
+        out: must not exist; complete or absent afterwards.
+        plan: what becomes of each weight.
+        progress: called with each finished tensor's name.
+
+    Raises:
+        HcxError: the source is no full-precision model, a rule matches nothing, or `out` exists.
+    """
+    source, out = Path(source), Path(out)
+    summary = CompressionSummary(out)
+    with ModelFiles(source) as files:
+        if files.modules:
+            raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
+        names = canonical_names(files)
+        stems = [name.removesuffix(".weight") for name in names if _is_linear(name)]
+        plan.check_rules(stems)
+        if not any(plan.module(stem) for stem in stems):
+            raise ConfigError("the plan keeps every weight; nothing would be compressed")
+        entries: dict[str, Any] = {}
+        with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
+            tensors = _compressed(files, names, plan, summary, entries, progress)
+            write_weights(artifact.path, tensors, stem=STEM)
+            index = artifact.path / f"{STEM}.safetensors.index.json"
+            quantization = {
+                "quant_method": QUANT_METHOD,
+                "version": FORMAT_VERSION,
+                "bits": plan.default.bits,
+                "group_size": plan.default.group_size,
+                "weight_file": index.name if index.is_file() else f"{STEM}.safetensors",
+                "modules": entries,
+            }
+            write_json(artifact.path / "config.json", {**files.values, "quantization_config": quantization})
+            copy_tokenizer(source, artifact.path)
+            generation = source / "generation_config.json"
+            if generation.is_file():
+                (artifact.path / generation.name).write_bytes(generation.read_bytes())
+            summary.file_bytes = _weight_bytes(artifact.path)
+            summary.source_bytes = _weight_bytes(source)
+            (artifact.path / "compression.json").write_text(json.dumps(summary.as_dict(), indent=1), encoding="utf-8")
+            artifact.counts = {
+                "bits_per_weight": round(summary.bits_per_weight, 4),
+                "compressed_weights": sum(module.weights for module in summary.modules),
+                "file_bytes": summary.file_bytes,
+            }
+            if (source / "tokenizer.json").is_file():
+                artifact.counts["tokenizer_digest"] = digest_file(source / "tokenizer.json")
+    return summary
+
+
+def _is_linear(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _compressed(
+    files: ModelFiles,
+    names: list[str],
+    plan: CompressPlan,
+    summary: CompressionSummary,
+    entries: dict[str, Any],
+    progress: Callable[[str], None] | None,
+) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        weight = files.read(name)
+        stem = name.removesuffix(".weight")
+        module = plan.module(stem) if _is_linear(name) else None
+        if module is None:
+            yield name, weight
+        else:
+            try:
+                packed = module.quantize(weight.float())
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
+            norm = float(weight.float().norm())
+            relative = float((packed.dequantize() - weight.float()).norm()) / norm if norm else 0.0
+            summary.modules.append(ModuleResult(stem, module, relative, packed.bits_per_weight, weight.numel()))
+            entries[stem] = {**packed.describe(), "method": module.method}
+            yield from packed.to_tensors(stem).items()
+        if progress is not None:
+            progress(name)

@@ -1,0 +1,131 @@
+"""The packed format: golden bytes, an independent decoder, round trips, refusals."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+
+from hcx.errors import KernelError
+from hcx.kernels import PackedWeight
+from hcx.kernels.format import pack_signs
+
+GOLDEN = Path(__file__).parent / "golden_8x16.safetensors"
+STEM = "model.layers.0.mlp.up_proj"
+
+
+def golden_weight() -> PackedWeight:
+    """The worked example of kernels/FORMAT.md: 8 x 16, 2 planes, groups of 6 (the last one is short), with offset."""
+    rows, columns, bits, group = torch.arange(8), torch.arange(16), torch.arange(2), torch.arange(3)
+    positive = (37 * rows[None, :, None] + 11 * columns[None, None, :] + 5 * bits[:, None, None]) % 7 < 3
+    scales = (1 + rows[None, :, None] / 8 + group[None, None, :] / 4) / 2.0 ** bits[:, None, None]
+    scales[1, 3] *= -1  # negative scales are legal
+    offset = (rows[:, None] - 4) / 16 + group[None, :] / 32
+    return PackedWeight(pack_signs(positive), scales.half(), offset.float(), in_features=16, group_size=6)
+
+
+def decode_by_hand(data: bytes, entry: dict) -> list[list[float]]:
+    """A second decoder, from the words of FORMAT.md alone: no torch, no numpy, nothing of hcx."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+
+    def raw(name: str) -> bytes:
+        start, stop = header[f"{STEM}.{name}"]["data_offsets"]
+        return data[8 + length + start : 8 + length + stop]
+
+    bits, rows, columns, group = (entry[key] for key in ("bits", "out_features", "in_features", "group_size"))
+    stride, groups = -(-columns // 8), -(-columns // group)
+    planes = raw("planes")
+    scales = struct.unpack(f"<{bits * rows * groups}e", raw("scales"))
+    offsets = struct.unpack(f"<{rows * groups}f", raw("offset"))
+    dense = []
+    for row in range(rows):
+        values = []
+        for column in range(columns):
+            value = offsets[row * groups + column // group]
+            for plane in range(bits):
+                byte = planes[(plane * rows + row) * stride + column // 8]
+                sign = 1 if byte >> (column % 8) & 1 else -1
+                value += sign * scales[(plane * rows + row) * groups + column // group]
+            values.append(value)
+        dense.append(values)
+    return dense
+
+
+def test_the_golden_file_is_written_byte_for_byte() -> None:
+    assert save(golden_weight().to_tensors(STEM)) == GOLDEN.read_bytes()
+
+
+def test_a_second_decoder_reads_the_golden_file_to_the_same_weights() -> None:
+    by_hand = decode_by_hand(GOLDEN.read_bytes(), golden_weight().describe())
+    packed = PackedWeight.from_tensors(STEM, load_file(GOLDEN), golden_weight().describe())
+    # Every number of the example is a short binary fraction: sums are exact.
+    assert packed.dequantize().tolist() == by_hand
+    assert by_hand[0][:2] == [-0.25 + 1 - 0.5, -0.25 - 1 + 0.5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.integers(1, 8),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    group=st.integers(1, 80),
+    offset=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 1000),
+)
+def test_tensors_and_entry_give_back_every_byte(
+    bits: int, rows: int, columns: int, group: int, offset: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    positive = torch.rand(bits, rows, columns, generator=generator) < 0.5
+    groups = -(-columns // group)
+    packed = PackedWeight(
+        pack_signs(positive),
+        torch.randn(bits, rows, groups, generator=generator).to(dtype),
+        torch.randn(rows, groups, generator=generator) if offset else None,
+        columns,
+        group,
+    )
+    assert torch.equal(packed.signs() > 0, positive)
+    entry = json.loads(json.dumps(packed.describe()))
+    back = PackedWeight.from_tensors(STEM, packed.to_tensors(STEM), entry)
+    for one, two in zip(packed.to_tensors(STEM).values(), back.to_tensors(STEM).values(), strict=True):
+        assert torch.equal(one, two)
+    expected = torch.zeros(rows, columns)
+    for column in range(columns):
+        where = column // group
+        value = sum(packed.scales[i, :, where].float() * (2.0 * positive[i, :, column] - 1) for i in range(bits))
+        expected[:, column] = value + (packed.offset[:, where] if packed.offset is not None else 0)
+    torch.testing.assert_close(packed.dequantize(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pad_bits_are_zero() -> None:
+    packed = pack_signs(torch.ones(1, 3, 13, dtype=torch.bool))
+    assert packed[0, :, 1].tolist() == [0b00011111] * 3
+
+
+@pytest.mark.parametrize("option", ["row_segments", "row_order", "in_order", "encoding", "activation_ranges"])
+def test_an_option_this_version_lacks_is_refused_by_name(option: str) -> None:
+    packed = golden_weight()
+    with pytest.raises(KernelError, match=f"{option}.*not supported"):
+        PackedWeight.from_tensors(STEM, packed.to_tensors(STEM), packed.describe() | {option: [1]})
+
+
+def test_damage_is_named() -> None:
+    packed = golden_weight()
+    tensors, entry = packed.to_tensors(STEM), packed.describe()
+    with pytest.raises(KernelError, match=r"up_proj\.scales: missing"):
+        PackedWeight.from_tensors(STEM, {k: v for k, v in tensors.items() if "scales" not in k}, entry)
+    with pytest.raises(KernelError, match="bytes per row"):
+        PackedWeight.from_tensors(STEM, tensors, entry | {"in_features": 17})
+    with pytest.raises(KernelError, match=r"2 planes in the file, bits = 3"):
+        PackedWeight.from_tensors(STEM, tensors, entry | {"bits": 3})
+    with pytest.raises(KernelError, match="rounded offsets lose exactness"):
+        PackedWeight.from_tensors(STEM, tensors | {f"{STEM}.offset": tensors[f"{STEM}.offset"].half()}, entry)
