@@ -69,6 +69,24 @@ def violations(
                 "zero",
             )
         )
+    if engine.compile and not isinstance(engine, TorchEngineConfig):
+        found.append(
+            Violation(
+                "engine.compile",
+                True,
+                f"{engine.kind} communicates inside the sublayers, which is not traced",
+                False,
+            )
+        )
+    if isinstance(engine, DeepSpeedEngineConfig) and engine.precision == "bf16" and engine.zero_stage < 2:
+        found.append(
+            Violation(
+                "engine.zero_stage",
+                engine.zero_stage,
+                "with bf16 the library gives stages 0 and 1 other optimizers, without fp32 masters or out of reach",
+                2,
+            )
+        )
     return found
 
 

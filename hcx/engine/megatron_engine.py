@@ -41,14 +41,15 @@ with warnings.catch_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from hcx.data.batch import MicroBatch
-from hcx.dist import Topology, init_process_group, process_environment, rehearsal
+from hcx.dist import Topology, process_environment, rehearsal
 from hcx.engine.base import ModelOutput, Objective, StepBatch, StepStats
 from hcx.engine.blocks import BlockMap
 from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, step_meta
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import require_legal
 from hcx.engine.megatron_masters import MegatronMasters
-from hcx.engine.sharded import ShardedEngine, local_groups, trained_names
+from hcx.engine.sharded import ShardedEngine, join_process_group, local_groups, trained_names
+from hcx.errors import ConfigError
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
@@ -118,11 +119,15 @@ class MegatronEngine(ShardedEngine):
         weights: WeightsProvider,
         seed: int = 0,
     ) -> None:
-        _, world_size, local_rank = process_environment()
+        rank, world_size, local_rank = process_environment()
         require_legal(engine_config, model_config, world_size)
-        _join(world_size)
+        if engine_config.distributed_optimizer and optim_config.kind != "adamw":
+            raise ConfigError(
+                f"optim.kind = {optim_config.kind} with engine.distributed_optimizer = true: megatron-core shards the "
+                "state of adamw only; use optim.kind = adamw, or engine.distributed_optimizer = false"
+            )
         self.topology = Topology(
-            torch.distributed.get_rank(),
+            rank,
             world_size,
             tp_size=engine_config.tensor_parallel,
             pp_size=engine_config.pipeline_parallel,
@@ -133,6 +138,7 @@ class MegatronEngine(ShardedEngine):
         self._config, self._model_config, self._optim = engine_config, model_config, optim_config
         self._transforms, self._steps = tuple(transforms), 0
         with rehearsal.redirected():
+            join_process_group(world_size)
             _acquire_groups(self.topology)
             self._build(weights)
 
@@ -331,11 +337,8 @@ class MegatronEngine(ShardedEngine):
 
     def _finalize(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Reduces gradients over replicas, tied copies and norms; nothing divides them."""
-        partial = [
-            p.main_grad
-            for p in self._decoder.parameters()
-            if getattr(p, "tp_partial_gradient", False) and p.requires_grad
-        ]
+        replicated: list[Any] = [p for p in self._parameters.values() if getattr(p, "tp_partial_gradient", False)]
+        partial = [p.main_grad for p in replicated if p.requires_grad]
         if partial and self.topology.tp_size > 1:
             flat = torch._utils._flatten_dense_tensors(partial)
             torch.distributed.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
@@ -431,32 +434,12 @@ class MegatronEngine(ShardedEngine):
         return loss_sum / weight if weight else math.nan
 
     def _gradient(self, parameter: str) -> Tensor:
-        tensor = self._parameters[parameter]
+        tensor: Any = self._parameters[parameter]
         return tensor.main_grad.view(-1) if tensor.requires_grad else torch.zeros_like(tensor).view(-1)
-
-    def scalars(self) -> dict[str, Any]:
-        """The number of optimizer steps made."""
-        return {"optimizer_steps": self._steps}
-
-    def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """See `Engine.load_scalars`; Adam's bias correction needs the number of steps."""
-        self._steps = int(values.get("optimizer_steps", 0))
-        self._masters.set_step(self._steps)
 
 
 _acquired: tuple[Any, int, int] | None = None
 """(default process group, tp, pp) that the library's groups were made for."""
-
-
-def _join(world_size: int) -> None:
-    """Joins the default process group; the library wants one for a single process too."""
-    if torch.distributed.is_initialized():
-        return
-    if world_size > 1:
-        init_process_group()
-        return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
 def _acquire_groups(topology: Topology) -> None:
@@ -477,23 +460,25 @@ def _acquire_groups(topology: Topology) -> None:
 def _library_config(engine: MegatronEngineConfig, model: ModelConfig) -> TransformerConfig:
     """What the schedules, the wrapper and the optimizer read; the decoder has its own configuration."""
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.kv_heads,
-        ffn_hidden_size=model.intermediate_size,
-        tensor_model_parallel_size=engine.tensor_parallel,
-        pipeline_model_parallel_size=engine.pipeline_parallel,
-        sequence_parallel=engine.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=engine.precision == "bf16",
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        # The loss is final when it arrives: replicas are summed, and nothing divides.
-        calculate_per_token_loss=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about defaults of features that are not used
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_heads,
+            num_query_groups=model.kv_heads,
+            ffn_hidden_size=model.intermediate_size,
+            tensor_model_parallel_size=engine.tensor_parallel,
+            pipeline_model_parallel_size=engine.pipeline_parallel,
+            sequence_parallel=engine.sequence_parallel,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=engine.precision == "bf16",
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            # The loss is final when it arrives: replicas are summed, and nothing divides.
+            calculate_per_token_loss=True,
+        )
 
 
 def _mark_sharded(parameters: Mapping[str, nn.Parameter], blocks: ParameterMap) -> None:

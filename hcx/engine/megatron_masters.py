@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hcx.engine.blocks import BlockMap
+from hcx.engine.sharded import allocate_state, set_step
 
 
 class MegatronMasters:
@@ -34,7 +34,8 @@ class MegatronMasters:
         self._layout = layout
         self._keys = keys
         self._distributed = hasattr(optimizer, "model_param_group_index_map")
-        self._allocate()
+        if optimizer.optimizer is not None:
+            allocate_state(optimizer.optimizer, self._stepped(), keys)
 
     def ranges(self) -> dict[str, tuple[int, int]] | None:
         """The flat range of each local parameter whose master lies on this rank; None: all of every parameter."""
@@ -59,37 +60,15 @@ class MegatronMasters:
             return self._optimizer.optimizer.param_groups[group]["params"][order]
         return getattr(parameter, "main_param", parameter)
 
-    def _allocate(self) -> None:
-        """Allocates the optimizer state that torch's optimizers would make in their first step.
-
-        So that keys are the same before and after it, and a loaded state has where to go.
-        """
+    def _stepped(self) -> list[Tensor]:
+        """The tensors that the inner optimizer steps."""
         inner = self._optimizer.optimizer
-        if inner is None:
-            return
-        takes_step = isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-        for group in inner.param_groups:
-            for master in group["params"]:
-                state = inner.state[master]
-                for key in self._keys:
-                    state.setdefault(key, torch.zeros_like(master, dtype=torch.float32).detach())
-                if takes_step:
-                    state.setdefault("step", torch.tensor(0.0))
+        return [] if inner is None else [master for group in inner.param_groups for master in group["params"]]
 
     def set_step(self, step: int) -> None:
-        """Sets the number of steps taken, which Adam's bias correction needs: one tensor per parameter, never shared.
-
-        Where the fused optimizers keep one number per group, that is set.
-        """
-        inner = self._optimizer.optimizer
-        if inner is None:
-            return
-        for group in inner.param_groups:
-            if "step" in group:
-                group["step"] = step
-            for master in group["params"]:
-                if "step" in inner.state[master]:
-                    inner.state[master]["step"] = torch.tensor(float(step))
+        """Sets the number of steps taken, which Adam's bias correction needs."""
+        if self._optimizer.optimizer is not None:
+            set_step(self._optimizer.optimizer, self._stepped(), step)
 
     def keys(self) -> tuple[str, ...]:
         """See `MasterAccess`."""

@@ -6,14 +6,17 @@ The libraries keep fp32 masters and optimizer state in flat shards, each in its 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from hcx.dist import init_process_group
 from hcx.engine.base import Engine, StateReader, StateSlice
 from hcx.engine.blocks import BlockMap
 from hcx.errors import CheckpointError, ConfigError, did_you_mean
@@ -37,6 +40,10 @@ class MasterAccess(Protocol):
         """Writes back a changed `fragment`."""
         ...
 
+    def set_step(self, step: int) -> None:
+        """Sets the number of steps taken, which Adam's bias correction needs."""
+        ...
+
     def push(self, name: str, master: Tensor) -> None:
         """Writes a full canonical master into the working copy; collective where the library makes it so."""
         ...
@@ -53,6 +60,8 @@ class ShardedEngine(Engine):
     _masters: MasterAccess
     _trained: frozenset[str]
     """Canonical names of trained parameters, over all ranks; the others have a master only."""
+    _steps: int
+    """Optimizer steps made."""
     _answers_for_state: bool
     """Whether this rank takes part in `state_slices` (replicas of the same state: only the first one does)."""
 
@@ -60,12 +69,12 @@ class ShardedEngine(Engine):
         return ("master", *self._masters.keys()) if name in self._trained else ("master",)
 
     def _read(self, name: str, key: str) -> Tensor:
-        return self._blocks.gather(name, lambda parameter: self._masters.fragment(parameter, key))
+        return self._blocks.gather(name, partial(self._masters.fragment, key=key))
 
     def _write(self, name: str, key: str, full: Tensor) -> None:
         for parameter in self._blocks.holders(name):
             values = self._masters.fragment(parameter, key)
-            self._blocks.scatter(name, full, lambda _, values=values: values, only=parameter)
+            self._blocks.scatter(name, full, {parameter: values}.__getitem__, only=parameter)
             self._masters.store(parameter, key, values)
         if key == "master":
             self._masters.push(name, full)
@@ -90,9 +99,7 @@ class ShardedEngine(Engine):
             return
         for name in self._blocks.names:
             for key in self._keys(name):
-                yield from self._blocks.slices(
-                    name, key, lambda parameter, key=key: self._masters.fragment(parameter, key)
-                )
+                yield from self._blocks.slices(name, key, partial(self._masters.fragment, key=key))
 
     @torch.no_grad()
     def load_slices(self, reader: StateReader) -> None:
@@ -122,6 +129,15 @@ class ShardedEngine(Engine):
         """See `Engine.export_state`."""
         for name in self._blocks.names:
             yield name, self._read(name, "master").cpu()
+
+    def scalars(self) -> dict[str, Any]:
+        """The number of optimizer steps made."""
+        return {"optimizer_steps": self._steps}
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        """See `Engine.load_scalars`."""
+        self._steps = int(values.get("optimizer_steps", 0))
+        self._masters.set_step(self._steps)
 
 
 def trained_names(
@@ -156,3 +172,45 @@ def local_groups(blocks: ParameterMap, groups: Sequence[ParameterGroup], trained
             )
         result[local] = number_of[names[0]]
     return result
+
+
+def join_process_group(world_size: int) -> None:
+    """Joins the default process group; the libraries want one for a single process too."""
+    # Both libraries call collectives by names that newer torch versions call deprecated, once per weight and step.
+    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
+    if torch.distributed.is_initialized():
+        return
+    if world_size > 1:
+        init_process_group()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], keys: Sequence[str]) -> None:
+    """Allocates the optimizer state that torch's optimizers would make in their first step.
+
+    So that keys are the same before and after it, and a loaded state has where to go.
+    """
+    takes_step = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        for key in keys:
+            state.setdefault(key, torch.zeros_like(tensor, dtype=torch.float32).detach())
+        if takes_step:
+            state.setdefault("step", _step_tensor(optimizer, tensor, 0))
+
+
+def set_step(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], step: int) -> None:
+    """Sets the number of steps taken, which Adam's bias correction needs: one tensor per parameter, never shared."""
+    for group in optimizer.param_groups:
+        if "step" in group:  # fused optimizers of other libraries keep one number per group
+            group["step"] = step
+    for tensor in tensors:
+        if "step" in optimizer.state[tensor]:
+            optimizer.state[tensor]["step"] = _step_tensor(optimizer, tensor, step)
+
+
+def _step_tensor(optimizer: torch.optim.Optimizer, tensor: Tensor, step: int) -> Tensor:
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return torch.tensor(float(step), device=tensor.device if on_device else "cpu")

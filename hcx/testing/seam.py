@@ -78,7 +78,7 @@ class SeamResult:
         probe_loss: mean loss that the probe returned.
         edits: what the edit saw: name -> (master, optimizer state).
         weights: canonical name -> full tensor at the end.
-        linears: number of swapped parts on this rank.
+        dp_rank, dp_size: which replica this rank belongs to, of how many.
     """
 
     losses: list[float] = field(default_factory=list)

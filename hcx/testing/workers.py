@@ -1,8 +1,8 @@
 """A pool of worker processes over gloo, which import once and run many distributed tests.
 
 Starting processes and importing the training libraries takes longer than most distributed tests run. So the workers
-stay, and so does their process group while the number of ranks does. Any error ends the pool: its collectives may be
-out of step, and the next test shall not inherit that.
+stay, and so does their process group, while the number of ranks does. Any error ends the workers: their collectives may
+be out of step, and the next test shall not inherit that.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ class WorkerPool:
         return [answers[rank] for rank in range(world_size)]
 
     def _start(self, count: int) -> None:
+        if len(self._workers) != count:
+            # Libraries keep process groups in globals: another number of ranks gets other processes.
+            self.close()
         context = multiprocessing.get_context("spawn")
         while len(self._workers) < count:
             ours, theirs = context.Pipe()

@@ -1,0 +1,317 @@
+"""Every engine and layout equals one process: steps, probe, scores, edits, swapped sources, checkpoints, exports."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from hcx.engine.base import StepBatch
+from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
+from hcx.errors import ConfigError
+from hcx.optim import GroupRule, OptimConfig
+from hcx.testing import seam
+from hcx.testing.seam import SeamCase, SeamResult
+from hcx.testing.tiny import tiny_config
+from hcx.testing.workers import WorkerPool
+from hcx.train.checkpoint import CheckpointReader
+
+TOLERANCE = 1e-5
+CLIP = 0.5
+TWO_RANKS = {
+    "pp2": MegatronEngineConfig(pipeline_parallel=2),
+    "tp2": MegatronEngineConfig(tensor_parallel=2),
+    "zero3": DeepSpeedEngineConfig(zero_stage=3),
+    "tp2-sp": MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True),
+    "dp2": MegatronEngineConfig(),
+    "dp2-distopt": MegatronEngineConfig(distributed_optimizer=True),
+    "zero0": DeepSpeedEngineConfig(zero_stage=0),
+    "zero1": DeepSpeedEngineConfig(zero_stage=1),
+    "zero2": DeepSpeedEngineConfig(zero_stage=2),
+    "ddp2": TorchEngineConfig(),
+}
+MODELS = {
+    "llama": tiny_config("llama"),
+    "llama-tied": tiny_config("llama", tie_embeddings=True),
+    "hyperclovax": tiny_config("hyperclovax"),
+    "hyperclovax-tied": tiny_config("hyperclovax", tie_embeddings=True),
+}
+PROVED = ("pp2", "tp2", "zero3")
+"""The layouts of the seam proof: every model on each; the others run one model."""
+
+
+def reference_case(model: str, **changes: object) -> SeamCase:
+    return SeamCase(TorchEngineConfig(clip_grad_norm=CLIP), MODELS[model], **changes)  # type: ignore[arg-type]
+
+
+@cache
+def reference(model: str) -> SeamResult:
+    """One process; probe and scores included."""
+    return seam.run(reference_case(model))
+
+
+@cache
+def undisturbed(model: str) -> SeamResult:
+    """One process that never probes nor scores."""
+    return seam.run(reference_case(model, probe=False))
+
+
+@cache
+def reference_checkpoint(model: str, directory: Path) -> Path:
+    seam.run(reference_case(model, probe=False), str(directory))
+    return directory / "step-000002"
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def assert_same_course(found: SeamResult, expected: SeamResult) -> None:
+    """Losses, norms, metrics, what the edit saw, and the exported weights."""
+    steps = len(found.losses)
+    assert steps >= seam.STEPS - seam.EDIT_AFTER
+    assert found.losses == pytest.approx(expected.losses[-steps:], rel=TOLERANCE, abs=TOLERANCE)
+    assert found.norms == pytest.approx(expected.norms[-steps:], rel=TOLERANCE, abs=TOLERANCE)
+    assert found.metrics == expected.metrics[-steps:]
+    assert found.edits.keys() == expected.edits.keys() == set(seam.EDITED)
+    for name, (master, state) in expected.edits.items():
+        assert_same_tensors({"": found.edits[name][0], **found.edits[name][1]}, {"": master, **state})
+    assert_same_tensors(found.weights, expected.weights)
+
+
+def assert_same_probe(found: list[SeamResult], expected: SeamResult) -> None:
+    """Gradients and mean loss on every rank; scores of every replica, together those of one process."""
+    replicas = {result.dp_rank: result for result in found}
+    for result in found:
+        assert_same_tensors(result.gradients, expected.gradients)
+        assert result.probe_loss == pytest.approx(expected.probe_loss, rel=TOLERANCE)
+        assert len(result.scores) == seam.GLOBAL_BATCH // result.dp_size
+        assert all(torch.equal(a, b) for a, b in zip(result.scores, replicas[result.dp_rank].scores, strict=True))
+    scores = [score for rank in sorted(replicas) for score in replicas[rank].scores]
+    for score, other in zip(scores, expected.scores, strict=True):
+        torch.testing.assert_close(score, other, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_scenario_moves_every_trained_weight_and_leaves_frozen_ones() -> None:
+    course = reference("llama")
+    start = seam.SeamWeights(MODELS["llama"], 3)
+    frozen = {f"{stem}.weight" for stem in seam.LORA_STEMS} | {
+        # The base of a fused part is frozen as a whole.
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+    }
+    for name, weight in course.weights.items():
+        if "lora_" in name:
+            continue
+        moved = not torch.equal(weight, start.tensor(name, tuple(weight.shape)))
+        assert moved == (name not in frozen or name in seam.EDITED), name
+    assert any("lora_A" in name for name in course.weights)
+    assert all(norm > CLIP for norm in course.norms)
+    assert len(set(course.losses)) == seam.STEPS
+
+
+def test_probing_and_scoring_disturb_nothing_in_one_process() -> None:
+    assert_same_course(reference("llama"), undisturbed("llama"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", PROVED)
+def test_two_ranks_equal_one_process(pool: WorkerPool, layout: str, model: str) -> None:
+    found = pool.run(seam.run, 2, reference_case(model).on(TWO_RANKS[layout]))
+    for result in found:
+        assert_same_course(result, undisturbed(model))
+    assert_same_probe(found, reference(model))
+
+
+@pytest.mark.parametrize("layout", [name for name in TWO_RANKS if name not in PROVED])
+def test_further_layouts_equal_one_process(pool: WorkerPool, layout: str) -> None:
+    found = pool.run(seam.run, 2, reference_case("hyperclovax-tied").on(TWO_RANKS[layout]))
+    for result in found:
+        assert_same_course(result, undisturbed("hyperclovax-tied"))
+    assert_same_probe(found, reference("hyperclovax-tied"))
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "zero3"])
+def test_activation_checkpointing_changes_nothing(pool: WorkerPool, layout: str) -> None:
+    engine = TWO_RANKS[layout].model_copy(update={"activation_checkpointing": True})
+    for result in pool.run(seam.run, 2, reference_case("llama", probe=False).on(engine)):
+        assert_same_course(result, undisturbed("llama"))
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "zero1", "zero3"])
+def test_sgd_with_momentum_equals_one_process(pool: WorkerPool, layout: str) -> None:
+    optim = OptimConfig(kind="sgd", lr=0.05, momentum=0.9, weight_decay=0.01)
+    case = reference_case("llama", optim=optim, probe=False)
+    expected = seam.run(case)
+    assert {key for _, state in expected.edits.values() for key in state} == {"momentum_buffer"}
+    for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
+        assert_same_course(result, expected)
+
+
+@pytest.mark.parametrize("layout", [name for name in TWO_RANKS if name != "ddp2"])
+def test_a_checkpoint_of_any_layout_is_that_of_one_process_and_goes_on_there(
+    pool: WorkerPool, layout: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = "llama-tied"
+    whole = CheckpointReader(reference_checkpoint(model, tmp_path_factory.getbasetemp() / "reference"))
+    pool.run(seam.run, 2, reference_case(model, probe=False).on(TWO_RANKS[layout]), str(tmp_path))
+    written = CheckpointReader(tmp_path / "step-000002")
+    assert sorted(written.names()) == sorted(whole.names())
+    for name in whole.names():
+        assert sorted(written.keys(name)) == sorted(whole.keys(name))
+        for key in whole.keys(name):
+            torch.testing.assert_close(written.read(name, key), whole.read(name, key), rtol=TOLERANCE, atol=TOLERANCE)
+    continued = seam.run(reference_case(model, probe=False), None, str(written.directory))
+    assert_same_course(continued, undisturbed(model))
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_a_checkpoint_of_one_process_goes_on_in_any_layout(
+    pool: WorkerPool, layout: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = "llama-tied"
+    directory = reference_checkpoint(model, tmp_path_factory.getbasetemp() / "reference")
+    for result in pool.run(seam.run, 2, reference_case(model, probe=False).on(TWO_RANKS[layout]), None, str(directory)):
+        assert_same_course(result, undisturbed(model))
+
+
+def skipped_steps(case: SeamCase) -> tuple[list[bool], float, float]:
+    """A step without weight, one with an infinite loss, one that is fine; and how far the weights moved."""
+    engine = seam.start(case)
+    before = dict(engine.export_state())
+    batch = seam.global_batch(case.model, 0)[:2]
+    skipped = []
+    for factor in (0.0, math.inf, 1.0):
+        if factor == 1.0:
+            after = dict(engine.export_state())
+            still = max(float((after[name] - before[name]).abs().max()) for name in before)
+        rows = [
+            type(row)(row.tokens, row.labels, (row.weights * factor).nan_to_num(0.0, posinf=math.inf), row.positions)
+            for row in batch
+        ]
+        skipped.append(engine.train_step(StepBatch(0, rows), seam.WeightedNextToken(), 1.0).skipped)
+    after = dict(engine.export_state())
+    engine.close()
+    return skipped, still, max(float((after[name] - before[name]).abs().max()) for name in before)
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_a_step_without_weight_or_with_an_infinite_norm_changes_nothing(pool: WorkerPool, layout: str) -> None:
+    for skipped, still, moved in pool.run(skipped_steps, 2, reference_case("llama").on(TWO_RANKS[layout])):
+        assert skipped == [True, True, False]
+        assert still == 0.0
+        assert moved > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2-distopt", "zero2", "zero3"])
+def test_bf16_starts_from_exact_masters_and_stays_near_one_process(pool: WorkerPool, layout: str) -> None:
+    case = SeamCase(TorchEngineConfig(clip_grad_norm=CLIP, precision="bf16"), MODELS["hyperclovax-tied"], lora=False)
+    expected = seam.run(case)
+    for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
+        assert result.losses == pytest.approx(expected.losses, abs=0.02)
+        for name, weight in expected.weights.items():
+            torch.testing.assert_close(result.weights[name], weight, rtol=0.0, atol=0.02)
+
+
+def exported_at_once(case: SeamCase) -> dict[str, torch.Tensor]:
+    engine = seam.start(case)
+    weights = dict(engine.export_state())
+    engine.close()
+    return weights
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2-distopt", "zero2", "zero3"])
+def test_bf16_masters_keep_the_bits_that_the_working_weights_lose(pool: WorkerPool, layout: str) -> None:
+    case = SeamCase(TorchEngineConfig(precision="bf16"), MODELS["llama"], lora=False).on(TWO_RANKS[layout])
+    start = seam.SeamWeights(MODELS["llama"], 3)
+    for weights in pool.run(exported_at_once, 2, case):
+        for name, weight in weights.items():
+            assert torch.equal(weight, start.tensor(name, tuple(weight.shape))), name
+
+
+CLIP_GROUPS = OptimConfig(
+    lr=1e-2, eps=1e-3, rules=(GroupRule(pattern="*mlp*", clip_group="mlp"), GroupRule(pattern="*norm*", clip_group="n"))
+)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2-distopt", "zero0"])
+def test_clip_groups_are_clipped_by_their_own_norms(pool: WorkerPool, layout: str) -> None:
+    case = reference_case("llama", optim=CLIP_GROUPS, probe=False)
+    expected = seam.run(case)
+    for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
+        assert_same_course(result, expected)
+
+
+def refusal(case: SeamCase) -> str:
+    try:
+        seam.start(case)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_the_distributed_optimizer_refuses_sgd(pool: WorkerPool) -> None:
+    case = reference_case("llama", optim=OptimConfig(kind="sgd"))
+    for message in pool.run(refusal, 2, case.on(TWO_RANKS["dp2-distopt"])):
+        assert "optim.kind = adamw" in message
+
+
+def test_zero_refuses_several_clip_groups(pool: WorkerPool) -> None:
+    for message in pool.run(refusal, 2, reference_case("llama", optim=CLIP_GROUPS).on(TWO_RANKS["zero1"])):
+        assert "clip_group" in message
+        assert "zero_stage = 0" in message
+
+
+@pytest.mark.parametrize("layout", ["tp2", "zero2"])
+def test_a_rule_that_splits_a_fused_matrix_is_refused_by_name(pool: WorkerPool, layout: str) -> None:
+    optim = OptimConfig(rules=(GroupRule(pattern="*k_proj*", lr_mult=0.1),))
+    for message in pool.run(refusal, 2, reference_case("llama", optim=optim, lora=False).on(TWO_RANKS[layout])):
+        assert "q_proj" in message
+        assert "k_proj" in message
+
+
+def test_sequence_parallel_refuses_rows_that_do_not_divide(pool: WorkerPool) -> None:
+    for message in pool.run(odd_rows, 2, reference_case("llama").on(TWO_RANKS["tp2-sp"])):
+        assert "15 tokens" in message
+
+
+def odd_rows(case: SeamCase) -> str:
+    engine = seam.start(case)
+    try:
+        engine.train_step(StepBatch(0, seam.global_batch(case.model, 0, seq=15)), seam.WeightedNextToken(), 1.0)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("engine", [MegatronEngineConfig(), DeepSpeedEngineConfig(zero_stage=3)])
+def test_a_single_process_is_a_legal_layout(
+    pool: WorkerPool, engine: MegatronEngineConfig | DeepSpeedEngineConfig
+) -> None:
+    (result,) = pool.run(seam.run, 1, reference_case("hyperclovax").on(engine))
+    assert_same_course(result, undisturbed("hyperclovax"))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        MegatronEngineConfig(tensor_parallel=2, pipeline_parallel=2),
+        MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True, distributed_optimizer=True),
+        MegatronEngineConfig(pipeline_parallel=2, distributed_optimizer=True),
+    ],
+    ids=["tp2-pp2", "tp2-sp-dp2-distopt", "pp2-dp2-distopt"],
+)
+def test_four_ranks_equal_one_process(pool: WorkerPool, engine: MegatronEngineConfig, tmp_path: Path) -> None:
+    found = pool.run(seam.run, 4, reference_case("hyperclovax-tied").on(engine), str(tmp_path))
+    for result in found:
+        assert_same_course(result, undisturbed("hyperclovax-tied"))
+    assert_same_probe(found, reference("hyperclovax-tied"))
+    continued = seam.run(reference_case("hyperclovax-tied", probe=False), None, str(tmp_path / "step-000002"))
+    assert_same_course(continued, undisturbed("hyperclovax-tied"))
