@@ -9,6 +9,9 @@ import typer
 
 from hcx.cli.output import echo, print_json, table
 
+HELD_OUT = "held-out:"
+"""Before a language: the held-out text of the shipped data recipe."""
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verbs."""
@@ -47,26 +50,25 @@ def train(
 
 def report(
     tokenizers: Annotated[list[Path], typer.Argument(help="Directories with a tokenizer.json.")],
-    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text files to measure on (repeat for more).")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="UTF-8 files, or held-out:ko, held-out:en, held-out:code (repeat for more)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON rows, for scripts.")] = False,
 ) -> None:
-    """Bytes per token of tokenizers on texts; higher is more compact."""
-    from hcx.errors import DataError
+    """Bytes per token of tokenizers on texts; higher is more compact.
+
+    Without --text, on the held-out Korean, English and code of the shipped data recipe.
+    """
     from hcx.tokenizer.report import tokenizer_report
 
-    contents = []
-    for path in text:
-        try:
-            contents.append((str(path), path.read_bytes().decode("utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not a readable UTF-8 file: {error}") from None
-    rows = tokenizer_report(tokenizers, contents)
+    rows = tokenizer_report(tokenizers, _texts(text or [HELD_OUT + name for name in ("ko", "en", "code")]))
     if as_json:
         print_json([row.to_json() for row in rows])
         return
     table(
         "",
-        ["tokenizer", "ids", "text", "bytes", "tokens", "bytes/token", "characters/token", "lossless"],
+        ["tokenizer", "ids", "text", "bytes", "tokens", "bytes/token", "chars/token", "lossless"],
         [
             (
                 row.tokenizer,
@@ -81,3 +83,35 @@ def report(
             for row in rows
         ],
     )
+
+
+def _texts(names: list[str]) -> list[tuple[str, str]]:
+    from hcx.errors import DataError
+
+    contents = []
+    held_out: dict[str, str] = {}
+    for name in names:
+        if name.startswith(HELD_OUT):
+            held_out = held_out or _held_out()
+            language = name.removeprefix(HELD_OUT)
+            if language not in held_out:
+                raise DataError(f"--text {name}: valid: {', '.join(HELD_OUT + known for known in held_out)}")
+            contents.append((name, held_out[language]))
+            continue
+        try:
+            contents.append((name, Path(name).read_bytes().decode("utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{name}: not a readable UTF-8 file: {error}") from None
+    return contents
+
+
+def _held_out() -> dict[str, str]:
+    """language -> the held-out documents of the shipped data recipe, joined."""
+    from hcx.artifacts import find_resource
+    from hcx.config import load_config
+    from hcx.data.build import read_texts
+    from hcx.data.recipe import DataRecipe
+
+    path = find_resource("launch/data/demo.yaml")
+    texts = read_texts(load_config(DataRecipe, path), path.parent)
+    return {name: "\n".join(d.text for d in text.documents["validation"]) for name, text in texts.items()}

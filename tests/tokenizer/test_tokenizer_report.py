@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from hcx.artifacts import find_resource, resource_names
+from hcx.cli.main import main
 from hcx.config import load_config
 from hcx.data.recipe import DataRecipe
 from hcx.errors import DataError
@@ -31,6 +34,22 @@ def test_an_empty_text_is_refused(tmp_path) -> None:
     train_tokenizer(TINY_TEXT, 384).save(tmp_path)
     with pytest.raises(DataError, match="empty text"):
         tokenizer_report([tmp_path], [("nothing", "")])
+
+
+def test_the_command_measures_held_out_text_of_each_language(tmp_path, capsys) -> None:
+    train_tokenizer(TINY_TEXT, 384).save(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["tokenizer", "report", str(tmp_path), "--text", "held-out:ko", "--text", "held-out:code", "--json"])
+    assert not stop.value.code
+    korean, code = json.loads(capsys.readouterr().out)
+    assert (korean["text"], code["text"]) == ("held-out:ko", "held-out:code")
+    assert korean["lossless"]
+    assert code["lossless"]
+    assert korean["num_bytes"] > 100_000
+    with pytest.raises(SystemExit) as stop:
+        main(["tokenizer", "report", str(tmp_path), "--text", "held-out:jp"])
+    assert stop.value.code == 2
+    assert "valid: held-out:ko" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", resource_names("tokenizer"))
