@@ -6,7 +6,6 @@ Example:
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -31,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtra("lm-eval", "eval", "python -m hcx.lm_eval")
-    importlib.import_module("hcx.evals.lm")
-    registration = "hcx.model.convert.registration"
-    if importlib.util.find_spec(registration) is not None:
-        importlib.import_module(registration).register()
     from lm_eval.__main__ import cli_evaluate
 
+    import hcx.evals.lm  # noqa: F401  (registers the model `hcx`)
     from hcx.evals.catalog import tasks_directory
+    from hcx.model.convert.registration import register
+
+    register()
 
     sys.argv = ["lm_eval", *arguments_with_tasks(given, str(tasks_directory()))]
     cli_evaluate()
