@@ -49,7 +49,21 @@ class TextSource(Config):
     """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
 
 
-Source = Annotated[EmbeddedSource | StdlibSource | JsonlSource | TextSource, Field(discriminator="kind")]
+class MegatronSource(Config):
+    """A Megatron `.bin`/`.idx` pair made elsewhere, decoded to text; then it is treated like any other text."""
+
+    kind: Literal["megatron"] = "megatron"
+    path: str
+    """The pair without its endings, relative to the recipe's folder."""
+    tokenizer: str
+    """The directory of the tokenizer that made it, relative to the recipe's folder."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
+
+
+Source = Annotated[
+    EmbeddedSource | StdlibSource | JsonlSource | TextSource | MegatronSource, Field(discriminator="kind")
+]
 
 
 class LanguageConfig(Config):

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import IO, assert_never
 
 from hcx.data.document import Document
-from hcx.data.recipe import EmbeddedSource, JsonlSource, Source, StdlibSource, TextSource
+from hcx.data.recipe import EmbeddedSource, JsonlSource, MegatronSource, Source, StdlibSource, TextSource
+from hcx.data.shards import read_megatron
 from hcx.data.shipped import name_fraction, shipped_documents
 from hcx.errors import DataError
+from hcx.tokenizer import Tokenizer
 
 _STDLIB_LEFT_OUT = frozenset(
     {
@@ -49,13 +51,16 @@ def read_source(source: Source, folder: Path) -> Iterator[Document]:
     """
     match source:
         case EmbeddedSource():
-            documents = shipped_documents(source.language)
+            # In the order of their hashes, so that a byte budget takes files of every source.
+            documents = iter(sorted(shipped_documents(source.language), key=lambda d: name_fraction(d.name)))
         case StdlibSource():
             documents = _stdlib()
         case JsonlSource():
             documents = _jsonl(source, folder)
         case TextSource():
             documents = _text(source, folder)
+        case MegatronSource():
+            documents = _megatron(source, folder)
         case _:
             assert_never(source)
     return documents
@@ -63,6 +68,8 @@ def read_source(source: Source, folder: Path) -> Iterator[Document]:
 
 def source_files(source: Source, folder: Path) -> list[Path]:
     """The files on disk that a source reads, for the ledger; none for shipped text and the standard library."""
+    if isinstance(source, MegatronSource):
+        return [folder / f"{source.path}{ending}" for ending in (".bin", ".idx")]
     return _files(source.path, folder) if isinstance(source, (JsonlSource, TextSource)) else []
 
 
@@ -130,3 +137,17 @@ def _text(source: TextSource, folder: Path) -> Iterator[Document]:
         except (UnicodeDecodeError, OSError, lzma.LZMAError, EOFError) as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
         yield Document(text=text, source=path.stem, name=path.name)
+
+
+def _megatron(source: MegatronSource, folder: Path) -> Iterator[Document]:
+    prefix = folder / source.path
+    shard = read_megatron(prefix)
+    tokenizer = Tokenizer.load(folder / source.tokenizer)
+    if len(shard.tokens) and int(shard.tokens.max()) >= tokenizer.vocab_size:
+        raise DataError(
+            f"{prefix}.bin: holds id {int(shard.tokens.max())}, the tokenizer {folder / source.tokenizer} has "
+            f"{tokenizer.vocab_size}; name the tokenizer that made it"
+        )
+    for number in range(shard.num_documents):
+        text = tokenizer.decode(shard.document(number).tolist(), skip_special=True)
+        yield Document(text=text, source=prefix.name, name=f"{prefix.name}:{number}")

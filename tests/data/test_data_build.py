@@ -13,10 +13,11 @@ from hcx.artifacts import find_resource, resource_names
 from hcx.config import load_config
 from hcx.data import DataRecipe, ShardSet
 from hcx.data.build import build_shards, read_texts
-from hcx.data.recipe import ExistingTokenizer, JsonlSource, LanguageConfig, TextSource, TrainedTokenizer
+from hcx.data.recipe import ExistingTokenizer, JsonlSource, LanguageConfig, MegatronSource, TextSource, TrainedTokenizer
 from hcx.data.shards import read_megatron, write_megatron
 from hcx.errors import DataError, HcxError
 from hcx.testing.shards import random_texts, tiny_shards
+from hcx.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,21 @@ def test_an_existing_tokenizer_is_used_and_recorded(shards, tmp_path) -> None:
     roles = [entry.role for entry in built.manifest.inputs]
     assert roles.count("text") == 20
     assert roles.count("tokenizer") == 1
+
+
+def test_megatron_pairs_made_elsewhere_are_a_source_of_text(shards, tmp_path) -> None:
+    source = MegatronSource(path=str(shards.directory / "ko-train"), tokenizer=str(shards.directory / "tokenizer"))
+    config = recipe(ko=LanguageConfig(share=1, sources=(source,)))
+    texts = read_texts(config, tmp_path)["ko"]
+    found = sorted(d.text for documents in texts.documents.values() for d in documents)
+    shard = shards.shard("ko", "train")
+    expected = [shards.tokenizer.decode(shard.document(n)[:-1].tolist()) for n in range(shard.num_documents)]
+    assert found == sorted(expected)
+    train_tokenizer(["x"], 384).save(tmp_path / "small")
+    with pytest.raises(DataError, match="has 384; name the tokenizer"):
+        read_texts(
+            recipe(ko=LanguageConfig(share=1, sources=(source.model_copy(update={"tokenizer": "small"}),))), tmp_path
+        )
 
 
 def test_the_index_is_megatrons_byte_for_byte(tmp_path) -> None:
