@@ -13,7 +13,7 @@ pytest.importorskip("sacrebleu")
 from hcx.compress import CompressPlan, compress_model
 from hcx.evals import evaluate
 from hcx.evals.catalog import tasks_directory
-from hcx.lm_eval import arguments_with_tasks
+from hcx.evals.command import arguments_with_tasks
 from hcx.testing.evaluation import evaluable_directory
 
 TASKS = ["hcx_kmmlu_dev225", "hcx_bpb_ko", "hcx_translation_ko_en"]
