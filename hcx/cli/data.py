@@ -41,7 +41,7 @@ def fetch(
         return
     target = out or Path("data") / name
     counts = fetch_text(name, target, packages)
-    echo(f"{target}: {counts}")
+    print_json({"directory": str(target), **counts})
 
 
 def build(
