@@ -14,6 +14,8 @@ from torch import Tensor
 from hcx.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
+CANDIDATES = 512
+"""Tokens looked at before a whole vocabulary is sorted for top-k and top-p."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,21 +142,57 @@ def _penalise(logits: Tensor, state: SamplerState) -> Tensor:
 
 
 def _draw(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     # The maximum goes first, so that a very small temperature gives exp(0) and exp(-inf), never a NaN.
-    scaled = (ordered - ordered[:, :1]) / column([state.params.temperature for state in states])
-    rank = torch.arange(scaled.shape[1], device=logits.device)
-    limits = column([float(state.params.top_k or scaled.shape[1]) for state in states])
-    weights = torch.where(rank < limits, scaled.exp(), 0.0)
-    probabilities = weights / weights.sum(-1, keepdim=True)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probabilities = (shifted / _column([state.params.temperature for state in states], logits)).softmax(-1)
+    uniform = _column([state.uniform() for state in states], logits, torch.float64)
+    chosen = torch.empty(len(states), dtype=torch.int64, device=logits.device)
+    limited = [index for index, state in enumerate(states) if state.params.top_k or state.params.top_p < 1]
+    free = [index for index in range(len(states)) if index not in limited]
+    if free:
+        chosen[free] = _invert(probabilities[free], uniform[free])
+    # Sorting a whole vocabulary is slow, and the likely tokens nearly always suffice.
+    for candidates in (CANDIDATES, logits.shape[-1]):
+        if limited:
+            params = [states[index].params for index in limited]
+            tokens, enough = _draw_limited(probabilities[limited], uniform[limited], params, candidates)
+            chosen[limited] = tokens
+            limited = [index for index, done in zip(limited, enough.tolist(), strict=True) if not done]
+    return chosen
+
+
+def _draw_limited(
+    probabilities: Tensor, uniform: Tensor, params: Sequence[SamplingParams], candidates: int
+) -> tuple[Tensor, Tensor]:
+    """Draws among the top-k and top-p tokens, if they are among the `candidates` most likely.
+
+    Returns:
+        A token per row, and whether the candidates held everything that the row may choose from.
+    """
+    vocab = probabilities.shape[-1]
+    candidates = min(candidates, vocab)
+    values, tokens = probabilities.topk(candidates, dim=-1)
+    values = values.double()
+    rank = torch.arange(candidates, device=values.device)
+    limits = _column([one.top_k or vocab for one in params], values, torch.int64)
+    values = torch.where(rank < limits, values, 0.0)
+    # Top-p counts within what top-k left; without top-k the whole distribution has mass 1.
+    mass = torch.where(limits < vocab, values.sum(-1, keepdim=True), 1.0)
     # A token stays while those before it hold less than top_p: the first always stays.
-    before = probabilities.cumsum(-1) - probabilities
-    kept = torch.where(before < column([state.params.top_p for state in states]), probabilities, 0.0)
-    cumulative = kept.cumsum(-1)
-    threshold = column([state.uniform() for state in states]) * cumulative[:, -1:]
-    # The first place whose cumulative weight exceeds the threshold; never one of weight zero.
-    place = (cumulative <= threshold).sum(-1, keepdim=True)
-    return tokens.gather(-1, place.clamp_max((kept > 0).sum(-1, keepdim=True) - 1)).squeeze(-1)
+    kept = (values.cumsum(-1) - values) < _column([one.top_p for one in params], values) * mass
+    enough = (limits <= candidates).squeeze(-1) | ~kept[:, -1] | (candidates == vocab)
+    place = _invert(torch.where(kept, values, 0.0), uniform)
+    return tokens.gather(-1, place[:, None]).squeeze(-1), enough
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The place at which the cumulative weight passes a share of the total: `[n, places]`, `[n, 1]` -> `[n]`."""
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total even after rounding: a place of weight zero is never chosen.
+    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (cumulative <= threshold).sum(-1)
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]

@@ -222,9 +222,11 @@ def token_logprobs(logits: Tensor, labels: Iterable[int], alternatives: int) -> 
         alternatives: how many of the most likely tokens to name.
     """
     labels = list(labels)
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor(labels, device=logits.device)[:, None])[:, 0].tolist()
-    values, tokens = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
+    # The same subtraction for both, so that a label that is the most likely token has exactly its log-probability.
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    chosen = (logits.gather(-1, torch.tensor(labels, device=logits.device)[:, None]) - normaliser)[:, 0].tolist()
+    values, tokens = logits.topk(min(alternatives, logits.shape[-1]), dim=-1)
+    values = values - normaliser
     return [
         TokenLogprob(label, value, tuple(zip(row_tokens, row_values, strict=True)))
         for label, value, row_tokens, row_values in zip(labels, chosen, tokens.tolist(), values.tolist(), strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hcx.kernels.registry import NUMERICS, backends
 from hcx.model.load import LoadedModel
 from hcx.model.parts.sources import BCQSource
 
@@ -25,11 +26,16 @@ def describe_model(loaded: LoadedModel, max_seq: int) -> dict[str, Any]:
     }
     if loaded.quantization is None:
         return {**described, "numerics": "full", "bits": weight.element_size() * 8, "quantization": None, "kernels": []}
-    kernels = {name for module in loaded.decoder.modules() if isinstance(module, BCQSource) for name in module.kernels}
+    kernels = sorted(
+        {name for module in loaded.decoder.modules() if isinstance(module, BCQSource) for name in module.kernels}
+    )
+    kept = {backend.name: backend.numerics for backend in backends()}
     return {
         **described,
-        "numerics": loaded.numerics,
+        # Kernels are never below what was asked for, but may be above it: the lowest one is what the answers have.
+        "numerics": min((kept[name] for name in kernels), key=NUMERICS.index, default=loaded.numerics),
+        "numerics_requested": loaded.numerics,
         "bits": loaded.quantization.get("bits"),
         "quantization": loaded.quantization.get("quant_method"),
-        "kernels": sorted(kernels),
+        "kernels": kernels,
     }

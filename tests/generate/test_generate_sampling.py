@@ -45,6 +45,22 @@ def test_tokens_come_with_the_probabilities_that_the_parameters_define(
         assert shares[token] == pytest.approx(share, abs=SPREAD)
 
 
+@pytest.mark.parametrize("params", [{"top_p": 0.9}, {"top_k": 700}, {"top_k": 40}, {"top_p": 0.999, "top_k": 900}])
+def test_a_flat_distribution_over_a_large_vocabulary_is_drawn_from_as_a_full_sort_says(params: dict) -> None:
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0)) * 0.1
+    states = [SamplerState(SamplingParams(temperature=1.0, seed=seed, **params), []) for seed in range(3)]
+    draws = torch.stack([sample(logits, states) for _ in range(300)])
+    for row in range(3):
+        order = logits[row].argsort(descending=True)
+        probabilities = logits[row, order][: params.get("top_k", 2000)].double().softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        allowed = order[: int((before < params.get("top_p", 1.0)).sum())]
+        assert torch.isin(draws[:, row], allowed).all()
+        # Among equals, draws reach far down the order: the tail is not cut off.
+        ranks = torch.stack([(order == token).nonzero()[0, 0] for token in draws[:, row]])
+        assert ranks.max() > 0.9 * len(allowed)
+
+
 def test_rows_of_one_batch_keep_their_own_parameters() -> None:
     states = [
         SamplerState(SamplingParams(), [2]),

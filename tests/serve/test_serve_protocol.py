@@ -260,7 +260,8 @@ def test_a_client_that_goes_away_frees_its_row(server: tuple[str, Service], clie
     long = {"prompt": "a", "max_tokens": 250, "ignore_eos": True}
     with _slowed(service, 0.02):
         with client.stream("POST", "/v1/completions", json={**long, "stream": True}) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # kept: an abandoned iterator closes the connection
+            next(lines)
             assert service.worker.pending == 1
         _wait_until(lambda: service.worker.pending == 0, "the stream's row is still held")
         with pytest.raises(httpx.ReadTimeout):
