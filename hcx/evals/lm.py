@@ -71,7 +71,7 @@ class HcxLM(TemplateLM):
         if isinstance(pretrained, (str, Path)):
             from hcx.model.load import load_model
 
-            loaded = load_model(pretrained, dtype=_dtype(dtype), device=device or "cpu", numerics=numerics)
+            loaded = load_model(pretrained, dtype=_dtype(dtype), device=_device(device), numerics=numerics)
         else:
             loaded = pretrained
         self.loaded = loaded
@@ -305,6 +305,16 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise EvalError(f"dtype = {dtype!r}; valid: float32, bfloat16, float16, auto")
     return found
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        raise EvalError(f"device = {name!r}; valid: cpu, cuda, cuda:0, cuda:1, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EvalError(f"device = {name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
 
 
 def _batch_size(value: int | str) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcx.artifacts import artifact_input, new_artifact
-from hcx.errors import EvalError, MissingExtra
+from hcx.errors import EvalError, MissingExtra, did_you_mean
 from hcx.evals.catalog import TaskCard, find_tasks, is_installed, load_suite, status_of, task_cards, tasks_directory
 from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio
 
@@ -108,6 +108,10 @@ def evaluate(
         CheckpointError: the model cannot be loaded.
     """
     chosen, skipped = choose(tasks, suite, limit, data)
+    from hcx.kernels.registry import NUMERICS
+
+    if numerics not in NUMERICS:
+        raise EvalError(f"numerics = {numerics!r}; {did_you_mean(numerics, NUMERICS)}")
     directory = Path(model) if isinstance(model, (str, Path)) else Path(model.directory)
     settings = {
         "model": str(directory),
@@ -155,6 +159,7 @@ def _run(
             numerics=settings["numerics"],
         )
         loaded = load_tasks([item.card for item in chosen], lm.pretrained, data)
+        chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
         items = {
             item.card.name: list(range(_smaller(item.limit, len(loaded["tasks"][item.card.name].eval_docs)) or 0))
             for item in chosen
@@ -188,6 +193,27 @@ def _run(
             "samples": f"samples/{name}.jsonl",
         }
     return results, samples
+
+
+def _that_fit(
+    chosen: Sequence[Chosen], loaded: Any, max_length: int, skipped: dict[str, str], named: bool
+) -> list[Chosen]:
+    """The tasks whose answers fit the model; found out before hours of work, not after."""
+    able = []
+    for item in chosen:
+        name = item.card.name
+        limit = int((loaded["tasks"][name].config.generation_kwargs or {}).get("max_gen_toks", 0))
+        if limit < max_length:
+            able.append(item)
+            continue
+        reason = f"unavailable: answers take {limit} tokens, the model {max_length} with the prompt"
+        if named:
+            raise EvalError(f"task {name!r}: {reason}")
+        skipped[name] = reason
+        del loaded["tasks"][name]
+    if not able:
+        raise EvalError("no task can run:\n" + "\n".join(f"  {name}: {why}" for name, why in skipped.items()))
+    return able
 
 
 def load_tasks(cards: Sequence[TaskCard], model_directory: str | None, data: str | Path | None) -> Any:

@@ -99,6 +99,15 @@ def test_a_continuation_longer_than_the_model_is_refused_in_words(backends):
         ours[1].loglikelihood(requests("loglikelihood", [("x", " long" * 400)]), disable_tqdm=True)
 
 
+def test_a_device_or_type_that_does_not_exist_is_refused_in_words(directory):
+    with pytest.raises(EvalError, match="'tpu9'; valid: cpu"):
+        HcxLM(directory, device="tpu9")
+    with pytest.raises(EvalError, match="shows"):
+        HcxLM(directory, device="cuda:999")
+    with pytest.raises(EvalError, match="valid: float32"):
+        HcxLM(directory, dtype="int9")
+
+
 def test_sampling_is_repeatable_and_differs_between_requests_with_equal_prompts(backends):
     _, ours = backends
     options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}

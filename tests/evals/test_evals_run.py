@@ -152,6 +152,20 @@ def test_check_builds_one_request_of_each_task(item_files):
     assert all(row["status"] == "runs" and row["items"] and row["request"] for row in rows)
 
 
+def test_a_task_of_a_suite_whose_answers_do_not_fit_the_model_is_left_out_with_the_reason(item_files, tmp_path):
+    short = evaluable_directory(tmp_path / "short", max_seq_len=96)
+    results = evaluate(short, suite="smoke", data=item_files)
+    assert "hcx_bpb_ko" in results["tasks"]
+    assert "the model 96" in results["skipped"]["hcx_translation_ko_en"]
+    with pytest.raises(EvalError, match="96 tokens"):
+        evaluate(short, tasks=["hcx_translation_ko_en"], data=item_files)
+
+
+def test_an_unknown_numerics_class_is_refused(model):
+    with pytest.raises(EvalError, match="valid: exact, fast, reference"):
+        evaluate(model, tasks=["hcx_bpb_ko"], numerics="exat")
+
+
 def hcx(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "hcx.cli.main", "eval", *map(str, arguments)],
