@@ -312,7 +312,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or "cpu")
     except RuntimeError:
         raise EvalError(f"device = {name!r}; valid: cpu, cuda, cuda:0, cuda:1, ...") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # torch keeps the number in 8 bits: "cuda:999" becomes a negative one.
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise EvalError(f"device = {name!r}: this machine shows {torch.cuda.device_count()} CUDA devices; use cpu")
     return device
 
