@@ -55,13 +55,15 @@ class Generator:
         self.stop_ids = _end_tokens(loaded)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt. An empty one becomes the end-of-text token, which is the context that packing trains.
+        """The ids of a prompt, after the beginning-of-text token where the model's tokenizer has one.
+
+        An empty prompt becomes the end-of-text token, which is the context that packing trains.
 
         Raises:
             ConfigError: the model has no tokenizer.
         """
         tokenizer = self._tokenizer("text prompts")
-        return tokenizer.encode(text) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+        return [*tokenizer.prompt_prefix, *tokenizer.encode(text)] or [tokenizer.eos_id]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation up to where the assistant answers."""

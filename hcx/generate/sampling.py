@@ -14,6 +14,8 @@ from torch import Tensor
 from hcx.errors import ConfigError
 
 MAX_SEED = 2**63 - 1
+LOWEST_TEMPERATURE = 1e-6
+"""Below it only the most likely token has any weight in fp32."""
 CANDIDATES = 512
 """Tokens looked at before a whole vocabulary is sorted for top-k and top-p."""
 
@@ -142,9 +144,11 @@ def _penalise(logits: Tensor, state: SamplerState) -> Tensor:
 
 
 def _draw(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    # The maximum goes first, so that a very small temperature gives exp(0) and exp(-inf), never a NaN.
+    # The maximum goes first, and the temperature stays a normal number: then the smallest gives exp(0) and exp(-inf),
+    # never a NaN.
     shifted = logits - logits.amax(-1, keepdim=True)
-    probabilities = (shifted / _column([state.params.temperature for state in states], logits)).softmax(-1)
+    temperatures = [max(state.params.temperature, LOWEST_TEMPERATURE) for state in states]
+    probabilities = (shifted / _column(temperatures, logits)).softmax(-1)
     uniform = _column([state.uniform() for state in states], logits, torch.float64)
     chosen = torch.empty(len(states), dtype=torch.int64, device=logits.device)
     limited = [index for index, state in enumerate(states) if state.params.top_k or state.params.top_p < 1]
@@ -174,7 +178,7 @@ def _draw_limited(
     values, tokens = probabilities.topk(candidates, dim=-1)
     values = values.double()
     rank = torch.arange(candidates, device=values.device)
-    limits = _column([one.top_k or vocab for one in params], values, torch.int64)
+    limits = _column([min(one.top_k or vocab, vocab) for one in params], values, torch.int64)
     values = torch.where(rank < limits, values, 0.0)
     # Top-p counts within what top-k left; without top-k the whole distribution has mass 1.
     mass = torch.where(limits < vocab, values.sum(-1, keepdim=True), 1.0)

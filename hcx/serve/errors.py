@@ -20,6 +20,9 @@ TYPES = {
     503: "server_error",
 }
 
+MAX_MESSAGE = 2000
+"""Characters of a message; what a client sent is not sent back at length."""
+
 
 class ApiError(Exception):
     """A refusal or failure that the client is told about.
@@ -33,7 +36,10 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        # What a client sent may be part of both, and a lone surrogate of its JSON cannot be sent back.
+        self.message = _sendable(message)
+        self.param = None if param is None else _sendable(param)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -46,3 +52,9 @@ class ApiError(Exception):
         if self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
+
+
+def _sendable(text: str) -> str:
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} ... {text[-MAX_MESSAGE // 2 :]}"
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

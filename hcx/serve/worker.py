@@ -74,6 +74,9 @@ class ModelWorker:
         self.capacity = generator.scheduler.cache.rows + max_queue
         self.metrics = metrics
         self.pending = 0
+        # Read when somebody asks, so that they are right also while the worker rests.
+        metrics.running.set_function(lambda: len(generator.scheduler.rows))
+        metrics.waiting.set_function(lambda: self.pending - len(generator.scheduler.rows))
         self._jobs: set[Job] = set()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._entries: dict[Request, _Entry] = {}
@@ -159,8 +162,6 @@ class ModelWorker:
                 self._fail(ApiError(500, "the model failed while generating; see the server's log", code="model_error"))
                 continue
             self._deliver(pieces)
-            self.metrics.running.set(len(scheduler.rows))
-            self.metrics.waiting.set(len(scheduler.waiting))
 
     def _obey(self, wait: bool) -> bool:
         """Carries out what the event loop asked for; False when the worker should end."""

@@ -124,6 +124,15 @@ class Tokenizer:
             template = named.get("default", next(iter(named.values()), None))
         return template
 
+    @cached_property
+    def prompt_prefix(self) -> tuple[int, ...]:
+        """What the directory's own rules put before every text: a beginning-of-text token, or (ours) nothing."""
+        text = "a"
+        whole = self._backend.encode(text, add_special_tokens=True).ids
+        plain = self.encode(text)
+        places = [n for n in range(len(whole) - len(plain) + 1) if whole[n : n + len(plain)] == plain]
+        return tuple(whole[: places[0]]) if places else ()
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of a text; nothing is added at either end.
 

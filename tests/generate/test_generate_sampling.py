@@ -33,6 +33,8 @@ def _shares(**params) -> dict[int, float]:
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.5}, {0: 1.0}),
         ({"temperature": 0.5}, {0: 0.25 / 0.345, 1: 0.0625 / 0.345, 2: 0.0225 / 0.345, 3: 0.01 / 0.345}),
         ({"temperature": 1e-9}, {0: 1.0}),
+        ({"temperature": 1e-300}, {0: 1.0}),
+        ({"temperature": 1.0, "top_k": 10**30}, {0: 0.5, 1: 0.25, 2: 0.15, 3: 0.1}),
         ({"temperature": 0.0}, {0: 1.0}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -123,3 +124,24 @@ def test_an_empty_prompt_is_the_end_of_text_token(tmp_path: Path) -> None:
     tiny_model_directory(tmp_path)
     loaded = load_model(tmp_path)
     assert Generator(loaded).encode("") == [loaded.tokenizer.eos_id]
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_token_does_so_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny_model_directory(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|user|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|user|>": {"id": "<|user|>", "ids": [1], "tokens": ["<|user|>"]}},
+    }
+    path.write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "manifest.json").unlink(missing_ok=True)
+    loaded = load_model(tmp_path)
+    user = loaded.tokenizer.special_tokens["<|user|>"]
+    assert user == 1
+    ids = Generator(loaded).encode("대한")
+    assert ids == [user, *loaded.tokenizer.encode("대한")]
+    assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path)("대한").input_ids

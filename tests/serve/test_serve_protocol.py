@@ -203,6 +203,13 @@ def test_special_tokens_in_a_users_text_are_ordinary_text(client: httpx.Client) 
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature"),
         ({"prompt": "a", "top_p": 0}, 400, "top_p"),
         ({"prompt": "a", "stop": ["1", "2", "3", "4", "5"]}, 400, "5 strings; at most 4"),
+        ({"prompt": "a", "seed": 10**30}, 400, "seed"),
+        ({"prompt": "a", "stop_token_ids": ["a"]}, 400, "stop_token_ids"),
+        ({"prompt": True}, 400, "prompt"),
+        ({"prompt": [True]}, 400, "prompt"),
+        ({"prompt": "a", "x" * 9000: 1}, 400, "this server does not support it"),
+        ({"prompt": "a", "stream_options": {"chunks": 1}}, 400, "stream_options.chunks"),
+        ({"prompt": "a", "best_of": 3}, 400, "best_of: 3"),
         ({"prompt": "a", "suffix": "b"}, 400, "suffix: this server does not support it"),
         ({"prompt": "a", "logit_bias": {"5": 3}}, 400, "logit_bias: this server does not support it"),
         ({"prompt": "a" * 30_000}, 413, "larger than 20000 bytes"),
@@ -232,6 +239,22 @@ def test_bodies_that_are_no_json_object_are_refused(client: httpx.Client, conten
     reply = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
     assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("field", ["prompt", "model", "unheard_of", "stop"])
+def test_a_lone_surrogate_anywhere_is_no_failure_of_the_server(client: httpx.Client, field: str) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, field: "\ud800"})
+    reply = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == {"model": 404, "stop": 200}.get(field, 400)
+    name = json.dumps({"prompt": "a", "\ud800": 1})
+    reply = client.post("/v1/completions", content=name, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+
+
+def test_extreme_but_valid_sampling_does_not_disturb_the_server(client: httpx.Client) -> None:
+    for extreme in ({"top_k": 10**30}, {"temperature": 1e-300}, {"temperature": 100}, {"top_p": 1e-300}, {"seed": -5}):
+        answer = _complete(client, prompt="a", max_tokens=3, ignore_eos=True, **extreme)
+        assert answer["usage"]["completion_tokens"] == 3
 
 
 def test_unknown_paths_and_methods_answer_in_openais_form(client: httpx.Client) -> None:
@@ -277,6 +300,8 @@ def test_metrics_and_health_and_the_page_are_there(client: httpx.Client) -> None
     text = client.get("/metrics").text
     assert 'hcx_serve_requests_total{endpoint="completions",status="200"}' in text
     assert "hcx_serve_ttft_ms_bucket" in text
+    assert "hcx_serve_running 0.0" in text
+    assert "hcx_serve_waiting 0.0" in text
     page = client.get("/")
     assert "playground" in page.text
     assert "default-src 'none'" in page.headers["content-security-policy"]
