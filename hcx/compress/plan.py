@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, Self
 
@@ -12,15 +13,31 @@ from torch import Tensor
 from hcx.compress.bcq import SCALE_DTYPES, quantize
 from hcx.compress.uniform import quantize_uniform
 from hcx.config import Config
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, did_you_mean
 from hcx.kernels import PackedWeight
 from hcx.kernels.format import MAX_BITS
 
 MethodName = Literal["alternating", "greedy", "uniform"]
 METHODS: tuple[MethodName, ...] = ("alternating", "greedy", "uniform")
+ScaleName = Literal["fp16", "bf16", "fp32"]
+MIN_GROUP = 8
+"""Below this, scales take more room than the planes."""
 
 
-class ModulePlan(Config):
+class _Settings(Config):
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        bits, group_size, rounds = (getattr(self, name) for name in ("bits", "group_size", "rounds"))
+        if bits is not None and not 1 <= bits <= MAX_BITS:
+            raise ValueError(f"bits = {bits}; allowed: 1 to {MAX_BITS}")
+        if group_size is not None and group_size < MIN_GROUP:
+            raise ValueError(f"group_size = {group_size}; must be at least {MIN_GROUP}")
+        if rounds is not None and rounds < 0:
+            raise ValueError(f"rounds = {rounds}; must be at least 0")
+        return self
+
+
+class ModulePlan(_Settings):
     """Settings of one quantizer."""
 
     bits: int = 4
@@ -33,18 +50,8 @@ class ModulePlan(Config):
     """Rounds of alternation."""
     offset: bool = False
     """A constant per group beside the scales (`uniform` always has one)."""
-    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    scale_dtype: ScaleName = "fp16"
     """How scales are stored."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 1 <= self.bits <= MAX_BITS:
-            raise ValueError(f"bits = {self.bits}; allowed: 1 to {MAX_BITS}")
-        if self.group_size < 8:
-            raise ValueError(f"group_size = {self.group_size}; must be at least 8")
-        if self.rounds < 0:
-            raise ValueError(f"rounds = {self.rounds}; must be at least 0")
-        return self
 
     def quantize(self, weight: Tensor) -> PackedWeight:
         """Quantizes one weight `[out, in]`."""
@@ -54,7 +61,7 @@ class ModulePlan(Config):
         return quantize(weight, self.bits, self.group_size, self.method, self.rounds, self.offset, dtype)
 
 
-class PlanRule(Config):
+class PlanRule(_Settings):
     """Settings for modules whose name matches; the first match holds, and what it leaves out is the default's."""
 
     pattern: str
@@ -67,18 +74,42 @@ class PlanRule(Config):
     """Inputs that share their scales."""
     method: MethodName | None = None
     """The quantizer."""
+    rounds: int | None = None
+    """Rounds of alternation."""
+    offset: bool | None = None
+    """A constant per group beside the scales."""
+    scale_dtype: ScaleName | None = None
+    """How scales are stored."""
+
+    def changes(self) -> dict[str, object]:
+        """What it states, by name."""
+        return self.model_dump(exclude={"pattern", "keep"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> Self:
+        if self.keep and self.changes():
+            raise ValueError(f"keep: true beside {', '.join(self.changes())}; a kept weight has no settings")
+        return self
 
 
 class CompressPlan(Config):
-    """A compression of the linear layers of every block; embedding, output and norms are kept."""
+    """A compression of the linear layers of every block; the norms are always kept."""
 
     default: ModulePlan = ModulePlan()
     """Settings of every linear layer that no rule names."""
     rules: tuple[PlanRule, ...] = ()
     """Exceptions, first match first."""
+    embedding: ModulePlan | None = None
+    """Settings of the token embedding, and of the output where they are tied; kept if absent."""
+    output: ModulePlan | None = None
+    """Settings of an output matrix of its own; kept if absent."""
 
     def module(self, stem: str) -> ModulePlan | None:
         """Settings of a module, or None if its weight is kept."""
+        if stem == "model.embed_tokens":
+            return self.embedding
+        if stem == "lm_head":
+            return self.output
         if not stem.startswith("model.layers."):
             return None
         rule = next((rule for rule in self.rules if fnmatchcase(stem, rule.pattern)), None)
@@ -86,20 +117,31 @@ class CompressPlan(Config):
             return self.default
         if rule.keep:
             return None
-        changes = {
-            name: value for name in ("bits", "group_size", "method") if (value := getattr(rule, name)) is not None
-        }
-        return ModulePlan.model_validate({**self.default.model_dump(), **changes})
+        return ModulePlan.model_validate({**self.default.model_dump(), **rule.changes()})
 
-    def check_rules(self, stems: list[str]) -> None:
-        """Refuses a rule that names no module: it is a slip of the pen.
+    def check_rules(self, stems: Sequence[str]) -> None:
+        """Refuses a rule that changes nothing: it is a slip of the pen.
+
+        Args:
+            stems: the linear layers of the blocks.
 
         Raises:
-            ConfigError: naming the rule.
+            ConfigError: naming the rule, and whether it matches nothing or an earlier one takes all its modules.
         """
+        used: set[int] = set()
+        for stem in stems:
+            matching = [number for number, rule in enumerate(self.rules) if fnmatchcase(stem, rule.pattern)]
+            used.update(matching[:1])
         for number, rule in enumerate(self.rules):
-            if not any(fnmatchcase(stem, rule.pattern) for stem in stems):
+            if number in used:
+                continue
+            where = f"rules.{number}.pattern = {rule.pattern!r}"
+            if any(fnmatchcase(stem, rule.pattern) for stem in stems):
                 raise ConfigError(
-                    f"rules.{number}.pattern = {rule.pattern!r} matches no linear layer of the blocks; names look like "
-                    f"{stems[0] if stems else 'model.layers.0.mlp.up_proj'!r} (embedding and output are kept)"
+                    f"{where} has no effect: earlier rules take every module it names; put it before them"
                 )
+            ends = sorted({"*." + stem.rsplit(".", 1)[1] for stem in stems})
+            raise ConfigError(
+                f"{where} matches no linear layer of the blocks; {did_you_mean(rule.pattern, ends)} "
+                "(embedding and output have keys of their own)"
+            )

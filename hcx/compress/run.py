@@ -66,7 +66,7 @@ class CompressionSummary:
         """Mean relative error and bits per weight by the last part of the module name."""
         groups: dict[str, list[ModuleResult]] = defaultdict(list)
         for module in self.modules:
-            groups[module.stem.rsplit(".", 1)[1]].append(module)
+            groups[module.stem.rsplit(".", 1)[-1]].append(module)
         return {
             name: {
                 "modules": len(found),
@@ -120,13 +120,10 @@ def compress_model(
         if files.modules:
             raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
         names = canonical_names(files)
-        stems = [name.removesuffix(".weight") for name in names if _is_linear(name)]
-        plan.check_rules(stems)
-        if not any(plan.module(stem) for stem in stems):
-            raise ConfigError("the plan keeps every weight; nothing would be compressed")
+        chosen = _choose(files, names, plan)
         entries: dict[str, Any] = {}
         with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
-            tensors = _compressed(files, names, plan, summary, entries, progress)
+            tensors = _compressed(files, names, chosen, summary, entries, progress)
             write_weights(artifact.path, tensors, stem=STEM)
             index = artifact.path / f"{STEM}.safetensors.index.json"
             quantization = {
@@ -155,8 +152,18 @@ def compress_model(
     return summary
 
 
-def _is_linear(name: str) -> bool:
-    return name.startswith("model.layers.") and name.endswith("_proj.weight")
+def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
+    """The settings of every weight that is compressed, by stem."""
+    stems = [name.removesuffix(".weight") for name in names]
+    linears = [stem for stem in stems if stem.startswith("model.layers.") and stem.endswith("_proj")]
+    plan.check_rules(linears)
+    if plan.output is not None and files.config.tie_embeddings:
+        raise ConfigError("output: this model's output is its embedding (tied); set embedding instead")
+    matrices = [*linears, *(stem for stem in ("model.embed_tokens", "lm_head") if stem in stems)]
+    chosen = {stem: module for stem in matrices if (module := plan.module(stem)) is not None}
+    if not chosen:
+        raise ConfigError("the plan keeps every weight; nothing would be compressed")
+    return chosen
 
 
 def _weight_bytes(directory: Path) -> int:
@@ -166,7 +173,7 @@ def _weight_bytes(directory: Path) -> int:
 def _compressed(
     files: ModelFiles,
     names: list[str],
-    plan: CompressPlan,
+    chosen: dict[str, ModulePlan],
     summary: CompressionSummary,
     entries: dict[str, Any],
     progress: Callable[[str], None] | None,
@@ -174,7 +181,7 @@ def _compressed(
     for name in names:
         weight = files.read(name)
         stem = name.removesuffix(".weight")
-        module = plan.module(stem) if _is_linear(name) else None
+        module = chosen.get(stem)
         if module is None:
             yield name, weight
         else:
