@@ -190,3 +190,13 @@ def test_an_unknown_task_is_the_users_to_mend(model, tmp_path):
     assert "did you mean 'hcx_bpb_ko'" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_every_shipped_task_finds_its_shipped_items():
+    rows = {row["name"]: row for row in check()}
+    assert {row["status"] for row in rows.values()} == {"runs"}
+    assert (rows["hcx_kmmlu_dev225"]["items"], rows["hcx_mmlu_dev282"]["items"]) == (225, 282)
+    assert rows["hcx_bpb_ko"]["items"] >= 50
+    assert rows["hcx_bpb_en"]["items"] >= 50
+    assert rows["hcx_translation_ko_en"]["items"] >= 500
+    assert rows["hcx_translation_en_ko"]["request"].endswith("\nKorean:")
