@@ -56,6 +56,7 @@ def test_tasks_give_the_same_numbers_under_hcx_and_under_hf_and_in_our_results(m
             assert ours[task][f"{metric},none"] == pytest.approx(entry["value"], rel=1e-6)
 
 
+@pytest.mark.slow  # lm-eval indexes its own thousands of task files first
 def test_the_command_finds_our_tasks_and_loads_a_binary_coded_directory_as_hf(model, item_files, tmp_path):
     compress_model(model, tmp_path / "bcq", CompressPlan.model_validate({"default": {"bits": 3, "group_size": 32}}))
     arguments = f"run --model hf --model_args pretrained={tmp_path / 'bcq'},dtype=float32 --device cpu --batch_size 4"

@@ -5,11 +5,13 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from hcx.compress import CompressPlan, compress_model
 from hcx.evals import evaluate
 from hcx.evals.lm import HcxLM
 from hcx.model.convert.hf import export_hf
+from hcx.model.convert.registration import register
 from hcx.model.load import ModelFiles, iter_tensors
 from hcx.testing.evaluation import PAIRS, evaluable_directory, write_tokenizer
 
@@ -39,6 +41,15 @@ def test_log_probabilities_of_a_binary_coded_model_are_those_of_its_dequantized_
     )
     assert coded == pytest.approx(dense, abs=TOLERANCE)
     assert max(abs(a - b) for a, b in zip(coded, full, strict=True)) > 100 * TOLERANCE
+
+
+def test_the_hf_backend_with_hcx_registered_gives_the_same_log_probabilities(directories):
+    register()
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
+    ours = HcxLM(directories / "bcq", batch_size=4, dtype="float32").loglikelihood(requests)
+    hf = HFLM(pretrained=str(directories / "bcq"), dtype="float32", device="cpu", batch_size=4)
+    theirs = hf.loglikelihood(requests, disable_tqdm=True)
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in theirs], abs=TOLERANCE)
 
 
 def test_results_name_the_compressed_model(directories, item_files, tmp_path):
