@@ -106,7 +106,7 @@ def select(spec: Spec, kernel: str | None = None, among: Sequence[Backend] | Non
         if reason is not None:
             raise KernelError(f"kernel {kernel!r} cannot serve {spec}: {reason}")
         return named[0]
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for backend in candidates:
         reason = refusal(backend, spec)
         if reason is None:

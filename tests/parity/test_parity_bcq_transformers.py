@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model
+from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model, run
 from hcx.errors import CheckpointError
 from hcx.model.convert import registration
 from hcx.model.load import load_model
@@ -50,6 +55,66 @@ def test_transformers_with_hcx_registered_gives_the_same_logits(compressed: Path
         expected = decoder.output(decoder(_tokens(), ForwardMeta())).logits()
         found = model(_tokens()).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_coded_embeddings_outputs_and_several_files_give_the_same_logits(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    registration.register()
+    source = tiny_model_directory(tmp_path / "full", with_tokenizer=False, tie_embeddings=tied)
+    settings = ModulePlan(bits=4, group_size=24, offset=True, scale_dtype="bf16")
+    plan = CompressPlan(default=settings, embedding=settings, output=None if tied else settings)
+    monkeypatch.setattr(run, "write_weights", functools.partial(run.write_weights, max_bytes=30_000))
+    compress_model(source, tmp_path / "bcq", plan)
+    assert len(list((tmp_path / "bcq").glob("bcq-*-of-*.safetensors"))) > 1
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bcq", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    decoder = load_model(tmp_path / "bcq").decoder
+    with torch.no_grad():
+        expected = decoder.output(decoder(_tokens(), ForwardMeta())).logits()
+        found = model(_tokens()).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) if tied else "planes" in dir(model.lm_head)
+
+
+def test_changing_the_type_of_a_loaded_model_leaves_its_codes_alone(compressed: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    registration.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.bfloat16)
+    linear = model.model.layers[1].self_attn.q_proj
+    assert (linear.scales.dtype, linear.offset.dtype) == (torch.float16, torch.float32)
+    weight = linear.packed().dequantize()
+    model.to(torch.float32)
+    model.to(torch.bfloat16)
+    assert torch.equal(linear.packed().dequantize(), weight)
+    assert model(_tokens()).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stated: stated.update(version=2), "version = 2; this hcx reads 1"),
+        (lambda stated: stated["modules"].update({"model.layers.7.mlp.up_proj": {}}), "no such module"),
+        (
+            lambda stated: stated["modules"]["model.layers.1.mlp.up_proj"].update(out_features=90),
+            "not a bias-free linear layer of shape",
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(
+    compressed: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    registration.register()
+    shutil.copytree(compressed, tmp_path / "bcq")
+    path = tmp_path / "bcq" / "config.json"
+    values = json.loads(path.read_text())
+    change(values["quantization_config"])
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bcq")
 
 
 def test_a_stock_load_without_hcx_fails(compressed: Path) -> None:

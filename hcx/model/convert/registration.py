@@ -12,33 +12,32 @@ import importlib.machinery
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from hcx.errors import CheckpointError
 from hcx.kernels import PackedWeight, Spec, select
-from hcx.kernels.format import SCALE_DTYPES
+from hcx.kernels.format import SCALE_DTYPES, VERSION
 
 METHOD = "bcq"
 _TARGET = "transformers.quantizers.auto"
 
 
-class BCQLinear(nn.Module):
-    """`y = x W^T` with a binary-coded weight; buffers carry the names and types of the weight files.
+class BCQWeight(nn.Module):
+    """Holds a binary-coded weight; its buffers carry the names and types of the weight files.
 
     Args:
         entry: the module's entry in `quantization_config.modules`.
-        numerics: class of the kernel.
     """
 
     planes: Tensor
     scales: Tensor
 
-    def __init__(self, entry: Mapping[str, Any], numerics: str = "reference") -> None:
+    def __init__(self, entry: Mapping[str, Any]) -> None:
         super().__init__()
-        self.entry, self.numerics = dict(entry), numerics
+        self.entry = dict(entry)
         bits, rows, columns = int(entry["bits"]), int(entry["out_features"]), int(entry["in_features"])
         groups = -(-columns // int(entry["group_size"]))
         dtype = next(dtype for dtype, name in SCALE_DTYPES.items() if name == entry["scale_dtype"])
@@ -46,18 +45,46 @@ class BCQLinear(nn.Module):
         self.register_buffer("scales", torch.empty(bits, rows, groups, dtype=dtype))
         if entry.get("offset"):
             self.register_buffer("offset", torch.empty(rows, groups, dtype=torch.float32))
+
+    def packed(self) -> PackedWeight:
+        """The weight."""
+        tensors = {f"module.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
+        return PackedWeight.from_tensors("module", tensors, self.entry)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # `model.half()` and the like are about activations: rounded scales would be another model.
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            changed = fn(buffer)
+            setattr(self, name, changed if changed.dtype == buffer.dtype else buffer.to(changed.device))
+        return self
+
+
+class BCQLinear(BCQWeight):
+    """`y = x W^T` with a binary-coded weight.
+
+    Args:
+        entry: the module's entry in `quantization_config.modules`.
+        numerics: class of the kernel.
+    """
+
+    def __init__(self, entry: Mapping[str, Any], numerics: str = "reference") -> None:
+        super().__init__(entry)
+        self.numerics = numerics
         self._ready: tuple[Any, Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`."""
         if self._ready is None:
-            tensors = {f"module.{name}": buffer for name, buffer in self.named_buffers()}
-            packed = PackedWeight.from_tensors("module", tensors, self.entry)
+            packed = self.packed()
             backend = select(Spec.of(packed, numerics=self.numerics))
             self._ready = backend, backend.prepack(packed)
         backend, weight = self._ready
         result: Tensor = backend.matmul(x, weight)
         return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._ready = None  # it may hold the weight of another device
+        return super()._apply(fn, recurse)
 
 
 def replace_linears(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
@@ -74,9 +101,35 @@ def replace_linears(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) 
         shape = (int(entry["out_features"]), int(entry["in_features"]))
         if not isinstance(linear, nn.Linear) or linear.bias is not None or tuple(linear.weight.shape) != shape:
             raise CheckpointError(f"quantization_config.modules.{name}: not a bias-free linear layer of shape {shape}")
-        parent, _, leaf = name.rpartition(".")
         with torch.device("meta"):
-            setattr(model.get_submodule(parent), leaf, BCQLinear(entry))
+            model.set_submodule(name, BCQLinear(entry))
+
+
+class _Embedding:
+    """A binary-coded token embedding: a holder stands in for it while files are read, then it is dequantized.
+
+    Looking up rows needs them dense, here as in hcx's own decoder. A tied output has no weight to tie to meanwhile.
+    """
+
+    def __init__(self, model: Any, entry: Mapping[str, Any]) -> None:
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._tied = dict(model.all_tied_weights_keys)
+        with torch.device("meta"):
+            self._holder = BCQWeight(entry)
+        model.set_input_embeddings(self._holder)
+        if self._tied:
+            model.all_tied_weights_keys = {}
+            model.set_output_embeddings(nn.Identity())
+
+    def finish(self, model: Any) -> None:
+        """Puts the dense embedding in place, and ties the output to it."""
+        weight = self._holder.packed().dequantize(self._embedding.weight.dtype)
+        self._embedding.weight = nn.Parameter(weight, requires_grad=False)
+        model.set_input_embeddings(self._embedding)
+        if self._tied:
+            model.set_output_embeddings(self._head)
+            model.all_tied_weights_keys = self._tied
+            model.tie_weights(recompute_mapping=False)
 
 
 def _register(auto: Any) -> None:
@@ -97,13 +150,32 @@ def _register(auto: Any) -> None:
 
         requires_calibration = True
 
+        def __init__(self, quantization_config: Any, **options: Any) -> None:
+            super().__init__(quantization_config, **options)
+            self._stated: dict[str, Any] = vars(quantization_config)
+            self._embedding: _Embedding | None = None
+            version = self._stated.get("version")
+            if version != VERSION:
+                raise CheckpointError(f"quantization_config.version = {version!r}; this hcx reads {VERSION}")
+
         def update_attn_implementation(self, config: Any) -> Any:
             # The one hook before the weight files are looked up: it names ours.
-            config.transformers_weights = getattr(self.quantization_config, "weight_file", "bcq.safetensors")
+            config.transformers_weights = self._stated.get("weight_file", "bcq.safetensors")
             return config
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-            replace_linears(model, self.quantization_config.modules)
+            modules = dict(self._stated.get("modules", {}))
+            names = {id(module): name for name, module in model.named_modules()}
+            entry = modules.pop(names[id(model.get_input_embeddings())], None)
+            replace_linears(model, modules)
+            if entry is not None:
+                self._embedding = _Embedding(model, entry)
+
+        def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+            if self._embedding is not None:
+                self._embedding.finish(model)
+                self._embedding = None
+            return model
 
         def is_serializable(self) -> bool:
             return False
