@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
 
@@ -12,8 +13,26 @@ from hcx.model.load import LoadedModel
 from hcx.serve.app import create_app
 from hcx.serve.config import ServeConfig
 
-SHUTDOWN_S = 10
-"""Seconds that open connections get when the server stops."""
+SHUTDOWN_S = 10.0
+"""Seconds that running calls get to finish when the server stops; then they are told that it does."""
+TOLD_S = 5
+"""Seconds for that message to reach them."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells running calls that it stops instead of cutting them off."""
+
+    shutdown_s: float = SHUTDOWN_S
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuses new calls, lets running ones finish for a while, then ends them with an error."""
+        worker = self.config.app.state.service.worker  # type: ignore[union-attr]
+        worker.refuse()
+        ending = asyncio.get_running_loop().call_later(self.shutdown_s, worker.end_jobs)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -41,7 +60,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(loaded: LoadedModel, config: ServeConfig, api_keys: Sequence[str] = ()) -> uvicorn.Server:
+def make_server(loaded: LoadedModel, config: ServeConfig, api_keys: Sequence[str] = ()) -> Server:
     """A server that is ready to run on a bound socket: `server.run(sockets=[listener])`."""
     app = create_app(loaded, config, api_keys)
     settings = uvicorn.Config(
@@ -51,7 +70,7 @@ def make_server(loaded: LoadedModel, config: ServeConfig, api_keys: Sequence[str
         server_header=False,
         limit_concurrency=config.max_connections,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_graceful_shutdown=int(SHUTDOWN_S) + TOLD_S,
         lifespan="on",
     )
-    return uvicorn.Server(settings)
+    return Server(settings)

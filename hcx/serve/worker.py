@@ -96,12 +96,20 @@ class ModelWorker:
         self._thread = threading.Thread(target=self._run, name="hcx-model", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after its current step; open jobs fail with status 503. On the event loop's thread."""
+    def refuse(self) -> None:
+        """Takes no more jobs; running ones go on."""
         self._stopping = True
-        self._inbox.put(None)
+
+    def end_jobs(self) -> None:
+        """Tells every open job that the server stops. On the event loop's thread."""
         for job in self._jobs:
             job.put(ApiError(503, "the server is stopping", code="shutting_down"))
+
+    def stop(self) -> None:
+        """Ends the thread after its current step; open jobs fail with status 503. On the event loop's thread."""
+        self.refuse()
+        self._inbox.put(None)
+        self.end_jobs()
         if self._thread is not None:
             self._thread.join()
 

@@ -27,8 +27,10 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_local_completions_gets_the_loglikelihoods_of_direct_scoring(tmp_path: Path, batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "connections"), [(1, 1), (3, 1), (2, 4)])
+def test_local_completions_gets_the_loglikelihoods_of_direct_scoring(
+    tmp_path: Path, batch_size: int, connections: int
+) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -41,6 +43,7 @@ def test_local_completions_gets_the_loglikelihoods_of_direct_scoring(tmp_path: P
             tokenizer_backend="huggingface",
             tokenized_requests=True,
             batch_size=batch_size,
+            num_concurrent=connections,
             max_length=256,
             max_retries=1,
         )

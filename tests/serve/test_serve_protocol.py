@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hcx.model.load import LoadedModel, load_model
 from hcx.model.meta import ForwardMeta
 from hcx.serve.app import Service
 from hcx.serve.config import ServeConfig
+from hcx.serve.server import Server
 from hcx.testing.serving import running_server
 from hcx.testing.tiny import tiny_model_directory
 
@@ -62,9 +64,8 @@ def _events(client: httpx.Client, path: str, **body: Any) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-@contextmanager
-def _slowed(service: Service, seconds: float) -> Iterator[None]:
-    """Every step takes at least so long: a tiny model is too quick to be interrupted."""
+def _slow(service: Service, seconds: float) -> None:
+    """Every step takes at least so long from now on: a tiny model is too quick to be interrupted."""
     scheduler = service.generator.scheduler
     step = scheduler.step
 
@@ -73,10 +74,16 @@ def _slowed(service: Service, seconds: float) -> Iterator[None]:
         return step()
 
     scheduler.step = slowly
+
+
+@contextmanager
+def _slowed(service: Service, seconds: float) -> Iterator[None]:
+    step = service.generator.scheduler.step
+    _slow(service, seconds)
     try:
         yield
     finally:
-        scheduler.step = step
+        service.generator.scheduler.step = step
 
 
 def _wait_until(condition: Any, what: str) -> None:
@@ -348,6 +355,26 @@ def test_a_failing_model_answers_500_and_the_server_lives_on(
         assert service.worker.pending == 0
 
 
+def test_a_server_that_stops_tells_the_calls_that_still_run(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Server, "shutdown_s", 0.3)
+    with ThreadPoolExecutor(2) as pool, running_server(loaded) as (url, service):
+        _slow(service, 0.05)  # also while it stops
+
+        def call(stream: bool) -> str:
+            body = {"prompt": "a", "max_tokens": 250, "ignore_eos": True, "stream": stream}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).text
+
+        streamed, whole = pool.submit(call, True), pool.submit(call, False)
+        _wait_until(lambda: service.worker.pending == 2, "the calls did not begin")
+    events = streamed.result().strip().split("\n\n")
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(whole.result())["error"]["code"] == "shutting_down"
+    assert not caplog.records
+
+
 def test_keys_are_demanded_on_everything_but_health_and_page(loaded: LoadedModel) -> None:
     config = ServeConfig(model_name="tiny")
     with running_server(loaded, config, ["key-one", "key-two"]) as (url, _), httpx.Client(base_url=url) as client:
@@ -365,8 +392,6 @@ def test_keys_are_demanded_on_everything_but_health_and_page(loaded: LoadedModel
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(client: httpx.Client, server: tuple[str, Service]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     texts = ["대한", "def add", "The capital", "문서를 열려면", "a", "for number"]
     alone = [_complete(client, prompt=text, temperature=0, max_tokens=24)["choices"][0]["text"] for text in texts]
     with ThreadPoolExecutor(6) as pool:
