@@ -71,7 +71,6 @@ class BlockMap:
             parameter where `ranges` is None.
         group: the ranks that together hold every canonical tensor; None: this rank alone does.
         device: where gathered tensors are built.
-        copies: local parameters that are written but never read from, because their blocks are whole elsewhere.
 
     Building one and `gather` are collective over `group`; the rest is local.
     """
@@ -83,7 +82,6 @@ class BlockMap:
         ranges: Mapping[str, tuple[int, int]] | None,
         group: ProcessGroup | None,
         device: torch.device,
-        copies: frozenset[str] = frozenset(),
     ) -> None:
         self._group = group if group is not None and group.size() > 1 else None
         self._device = device
@@ -96,11 +94,11 @@ class BlockMap:
                 piece = None if held is None else _intersect(parameter, shapes[parameter], block, held)
                 if piece is not None:
                     self._pieces.setdefault(block.name, []).append(piece)
-        self._owned = self._exchange(copies)
+        self._owned = self._exchange()
 
-    def _exchange(self, copies: frozenset[str]) -> set[tuple[str, tuple[int, ...], tuple[int, int]]]:
+    def _exchange(self) -> set[tuple[str, tuple[int, ...], tuple[int, int]]]:
         """Learns every name of the group, and which pieces this rank answers for (replicas: the first holder)."""
-        mine = [piece.key for pieces in self._pieces.values() for piece in pieces if piece.parameter not in copies]
+        mine = [piece.key for pieces in self._pieces.values() for piece in pieces]
         if self._group is None:
             self._check_cover(mine)
             return set(mine)

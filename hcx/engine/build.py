@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from hcx.dist import process_environment
 from hcx.engine.base import Engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.engine.legality import require_legal
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, MissingExtra
 from hcx.model.config import ModelConfig
 from hcx.model.transforms import ModelTransform
 from hcx.model.weights import WeightsProvider
@@ -35,6 +36,13 @@ def build_engine(
         raise ConfigError(
             f"optim.kind = muon with engine.kind = {engine_config.kind}: a matrix update needs whole matrices, which "
             "this engine shards; use optim.kind = adamw, or engine.kind = torch"
+        )
+    package = {"deepspeed": "deepspeed", "megatron": "megatron"}.get(engine_config.kind)
+    if package is not None and find_spec(package) is None:
+        raise MissingExtra(
+            "megatron-core" if package == "megatron" else package,
+            engine_config.kind,
+            f"engine.kind = {engine_config.kind}",
         )
     kind: type[Engine]
     if isinstance(engine_config, DeepSpeedEngineConfig):

@@ -24,22 +24,11 @@ with warnings.catch_warnings():
     # Without Transformer Engine or Apex the library announces its torch fallbacks, once per module.
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.enums import ModelType
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, get_grad_norm_fp32
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel.layers import (
-        param_is_not_tensor_parallel_duplicate,
-        set_tensor_model_parallel_attributes,
-    )
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
 from hcx.data.batch import MicroBatch
 from hcx.dist import Topology, process_environment, rehearsal
 from hcx.engine.base import ModelOutput, Objective, StepBatch, StepStats
@@ -48,12 +37,20 @@ from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, step
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import require_legal
 from hcx.engine.megatron_masters import MegatronMasters
+from hcx.engine.megatron_stage import (
+    StageChunk,
+    acquire_groups,
+    build_optimizer,
+    library_config,
+    mark_sharded,
+    mark_tied,
+    wrap,
+)
 from hcx.engine.sharded import ShardedEngine, join_process_group, local_groups, trained_names
 from hcx.errors import ConfigError
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
-from hcx.model.naming import ParameterMap
 from hcx.model.parts.megatron import MegatronParts
 from hcx.model.transforms import ModelTransform, TransformContext
 from hcx.model.weights import WeightsProvider, load_weights
@@ -61,38 +58,6 @@ from hcx.optim import OptimConfig, parameter_groups, state_keys
 
 _MicroStep = tuple[MicroBatch, ForwardMeta]
 """A micro-batch and its metadata, as every stage iterates them."""
-
-
-class _Chunk(MegatronModule):
-    """One pipeline stage of the decoder, as megatron-core's schedules and wrappers want to see it."""
-
-    def __init__(
-        self, config: TransformerConfig, stage: nn.Module, topology: Topology, tied: nn.Parameter | None
-    ) -> None:
-        super().__init__(config)
-        self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = None
-        self.pre_process = topology.is_first_stage
-        self.post_process = topology.is_last_stage
-        self.share_embeddings_and_output_weights = tied is not None
-        # In a list, so that it is not registered a second time.
-        self._tied = [tied]
-        self._received: Tensor | None = None
-        # Not named `decoder`: the schedules would look for `.decoder.layers`.
-        self.stage = stage
-
-    def shared_embedding_or_output_weight(self) -> nn.Parameter | None:
-        """The copy of the tied embedding on this stage."""
-        return self._tied[0]
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Takes the hidden states `[seq, batch, hidden]` that the previous stage sent."""
-        self._received = tensors[0]
-
-    def forward(self, micro_batch: MicroBatch, meta: ForwardMeta) -> Tensor:
-        """Hidden states of this stage `[seq, batch, hidden]`."""
-        hidden, self._received = self._received, None
-        return self.stage(micro_batch.tokens if self.pre_process else hidden, meta)
 
 
 class MegatronEngine(ShardedEngine):
@@ -139,14 +104,14 @@ class MegatronEngine(ShardedEngine):
         self._transforms, self._steps = tuple(transforms), 0
         with rehearsal.redirected():
             join_process_group(world_size)
-            _acquire_groups(self.topology)
+            acquire_groups(self.topology)
             self._build(weights)
 
     def _build(self, weights: WeightsProvider) -> None:
         """Structure of this stage -> load -> transforms -> wrap -> optimizer."""
         place, model = self.topology, self._model_config
         per_stage = model.num_layers // place.pp_size
-        self._library = _library_config(self._config, model)
+        self._library = library_config(self._config, model)
         self._decoder = Decoder(
             model,
             MegatronParts(self._config.sequence_parallel, torch.float32, self.device),
@@ -161,54 +126,33 @@ class MegatronEngine(ShardedEngine):
         self._decoder.activation_checkpointing = self._config.activation_checkpointing
         self._parameters = dict(self._decoder.named_parameters())
         blocks = self._decoder.parameter_map()
-        _mark_sharded(self._parameters, blocks)
-        tied = self._mark_tied()
+        mark_sharded(self._parameters, blocks)
+        tied = mark_tied(self._decoder, place)
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        # The last stage's copy of a tied embedding is written like every holder, but never read from.
-        copies = frozenset(n for n, p in self._parameters.items() if tied is p and not place.is_first_stage)
-        self._layout = BlockMap(
-            blocks, shapes, None, parallel_state.get_model_parallel_group(), self.device, copies=copies
-        )
+        self._layout = BlockMap(blocks, shapes, None, parallel_state.get_model_parallel_group(), self.device)
         self._trained = trained_names(self._parameters, blocks, parallel_state.get_model_parallel_group())
         self._groups = parameter_groups(
             {name: self._layout.shape(name) for name in self._layout.names if name in self._trained}, self._optim
         )
         exact = self._lower_precision()
-        self._chunk = DistributedDataParallel(
-            self._library,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                # Buckets that wait for every gradient and DropBP's missing ones do not go together.
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=self._config.distributed_optimizer,
-            ),
-            _Chunk(self._library, self._decoder, place, tied),
-        )
+        self._chunk = wrap(StageChunk(self._library, self._decoder, place, tied), self._config)
         self._library.finalize_model_grads_func = self._finalize
-        self._optimizer = self._build_optimizer(blocks)
+        members = local_groups(blocks, self._groups, self._trained)
+        self._optimizer, self._inner = build_optimizer(
+            self._chunk, self._parameters, members, len(self._groups), self._optim, self._config
+        )
         keys = state_keys(self._groups[0], self._optim) if self._groups else ()
         self._masters = MegatronMasters(self._parameters, self._inner, self._layout, keys)
         ranges = self._masters.ranges()
         self._blocks = self._layout
         if ranges is not None:
             world = torch.distributed.group.WORLD
-            self._blocks = BlockMap(blocks, shapes, ranges, world, self.device, copies=copies)
+            self._blocks = BlockMap(blocks, shapes, ranges, world, self.device)
         self._answers_for_state = ranges is not None or place.dp_rank == 0
         for name, values in exact.items():
             span = (0, values.numel()) if ranges is None else ranges.get(name)
             if span is not None and self._parameters[name].requires_grad:
                 self._masters.fragment(name, "master").copy_(values.view(-1)[slice(*span)])
-
-    def _mark_tied(self) -> nn.Parameter | None:
-        """This stage's copy of an embedding that another stage shares and that is trained, marked for the library."""
-        tied = self._decoder.shared_embedding_or_output_weight()
-        if tied is None or self.topology.pp_size == 1 or not tied.requires_grad:
-            return None
-        tied.shared_embedding = True  # type: ignore[attr-defined]
-        if not self.topology.is_first_stage:
-            # Norms count the first stage's copy only.
-            tied.shared = True  # type: ignore[attr-defined]
-        return tied
 
     def _lower_precision(self) -> dict[str, Tensor]:
         """Working weights in the working precision; the fp32 values that the masters shall start from."""
@@ -218,40 +162,6 @@ class MegatronEngine(ShardedEngine):
         for parameter in self._parameters.values():
             parameter.data = parameter.data.to(torch.bfloat16)
         return exact
-
-    def _build_optimizer(self, blocks: ParameterMap) -> Any:
-        """The library's optimizer, with one group of its per group of ours."""
-        for name, index in local_groups(blocks, self._groups, self._trained).items():
-            self._parameters[name].hcx_group = index  # type: ignore[attr-defined]
-
-        def member_of(index: int) -> Callable[[nn.Parameter], bool]:
-            return lambda parameter: getattr(parameter, "hcx_group", None) == index
-
-        optim = self._optim
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="sgd" if optim.kind == "sgd" else "adam",
-                lr=optim.lr,
-                min_lr=0.0,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                sgd_momentum=optim.momentum,
-                clip_grad=0.0,
-                bf16=self._config.precision == "bf16",
-                params_dtype=self._library.params_dtype,
-                use_distributed_optimizer=self._config.distributed_optimizer,
-            ),
-            [self._chunk],
-            config_overrides={
-                ParamKey(predicate=ParamPredicate(f"hcx_group_{index}", member_of(index))): {"hcx_group": index}
-                for index in range(len(self._groups))
-            },
-            use_gloo_process_groups=False,
-        )
-        self._inner = optimizer.chained_optimizers[0]
-        return optimizer
 
     def _impose_groups(self, lr_factor: float) -> None:
         """Learning rate and weight decay of every group, for the coming step."""
@@ -436,55 +346,3 @@ class MegatronEngine(ShardedEngine):
     def _gradient(self, parameter: str) -> Tensor:
         tensor: Any = self._parameters[parameter]
         return tensor.main_grad.view(-1) if tensor.requires_grad else torch.zeros_like(tensor).view(-1)
-
-
-_acquired: tuple[Any, int, int] | None = None
-"""(default process group, tp, pp) that the library's groups were made for."""
-
-
-def _acquire_groups(topology: Topology) -> None:
-    """The library's process groups, which are global: made again only for another layout."""
-    global _acquired
-    wanted = (torch.distributed.group.WORLD, topology.tp_size, topology.pp_size)
-    if _acquired == wanted and parallel_state.model_parallel_is_initialized():
-        return
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=topology.tp_size,
-        pipeline_model_parallel_size=topology.pp_size,
-        create_gloo_process_groups=False,
-    )
-    _acquired = wanted
-
-
-def _library_config(engine: MegatronEngineConfig, model: ModelConfig) -> TransformerConfig:
-    """What the schedules, the wrapper and the optimizer read; the decoder has its own configuration."""
-    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about defaults of features that are not used
-        return TransformerConfig(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            num_attention_heads=model.num_heads,
-            num_query_groups=model.kv_heads,
-            ffn_hidden_size=model.intermediate_size,
-            tensor_model_parallel_size=engine.tensor_parallel,
-            pipeline_model_parallel_size=engine.pipeline_parallel,
-            sequence_parallel=engine.sequence_parallel,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=engine.precision == "bf16",
-            use_cpu_initialization=True,
-            gradient_accumulation_fusion=False,
-            # The loss is final when it arrives: replicas are summed, and nothing divides.
-            calculate_per_token_loss=True,
-        )
-
-
-def _mark_sharded(parameters: Mapping[str, nn.Parameter], blocks: ParameterMap) -> None:
-    """Tells the library which parameters are parts and which are replicas over tensor-parallel ranks."""
-    for name, parameter in parameters.items():
-        first = blocks[name][0]
-        local = (first.rows[1] - first.rows[0], *parameter.shape[1:])
-        split = [dim for dim, size in enumerate(first.global_shape) if local[dim] != size]
-        set_tensor_model_parallel_attributes(parameter, bool(split), split[0] if split else -1, 1)

@@ -178,6 +178,8 @@ def join_process_group(world_size: int) -> None:
     """Joins the default process group; the libraries want one for a single process too."""
     # Both libraries call collectives by names that newer torch versions call deprecated, once per weight and step.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)
+    # megatron-core's fp32 shards are views of the weights.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     if torch.distributed.is_initialized():
         return
     if world_size > 1:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hcx.engine import build
 from hcx.engine.base import StepBatch
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, MissingExtra
 from hcx.optim import GroupRule, OptimConfig
 from hcx.testing import seam
 from hcx.testing.seam import SeamCase, SeamResult
@@ -138,6 +139,31 @@ def test_further_layouts_equal_one_process(pool: WorkerPool, layout: str) -> Non
     assert_same_probe(found, reference("hyperclovax-tied"))
 
 
+def first_gradients(case: SeamCase) -> dict[str, torch.Tensor]:
+    """Gradients of the global batch at the initial weights."""
+    engine = seam.start(case)
+    share = seam.GLOBAL_BATCH // engine.topology.dp_size
+    rows = seam.global_batch(case.model, 0)[engine.topology.dp_rank * share :][:share]
+    found = {}
+    engine.gradients(
+        StepBatch(0, rows), seam.WeightedNextToken(), lambda name, grad: found.update({name: grad.clone()})
+    )
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_gradients_of_any_split_over_ranks_equal_one_process_to_a_millionth(pool: WorkerPool, layout: str) -> None:
+    model = tiny_config("hyperclovax", tie_embeddings=True, initializer_range=0.05)
+    case = SeamCase(TorchEngineConfig(), model)
+    expected = first_gradients(case)
+    size = math.hypot(*(float(gradient.norm()) for gradient in expected.values()))
+    for found in pool.run(first_gradients, 2, case.on(TWO_RANKS[layout])):
+        assert found.keys() == expected.keys()
+        error = math.hypot(*(float((found[name] - gradient).norm()) for name, gradient in expected.items()))
+        assert error < 1e-6 * size
+
+
 @pytest.mark.parametrize("layout", ["pp2", "tp2", "zero3"])
 def test_activation_checkpointing_changes_nothing(pool: WorkerPool, layout: str) -> None:
     engine = TWO_RANKS[layout].model_copy(update={"activation_checkpointing": True})
@@ -218,6 +244,13 @@ def test_bf16_starts_from_exact_masters_and_stays_near_one_process(pool: WorkerP
         assert result.losses == pytest.approx(expected.losses, abs=0.02)
         for name, weight in expected.weights.items():
             torch.testing.assert_close(result.weights[name], weight, rtol=0.0, atol=0.02)
+
+
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    for engine, extra in ((MegatronEngineConfig(), "megatron"), (DeepSpeedEngineConfig(), "deepspeed")):
+        with pytest.raises(MissingExtra, match=rf"hcx-llm\[{extra}\]"):
+            seam.start(reference_case("llama").on(engine))
 
 
 def exported_at_once(case: SeamCase) -> dict[str, torch.Tensor]:
