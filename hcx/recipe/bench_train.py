@@ -1,8 +1,8 @@
 """`hcx bench train`: tokens per second of the torch engine beside a plain torch loop over a transformers model.
 
 Same shape, precision, attention (SDPA), optimizer (fused AdamW), clipping, batch and packing. Steps of both alternate
-in one process, so that a noisy machine disturbs both alike; the result is the median of the paired ratios with a bootstrap
-interval. In bf16 both keep fp32 masters: the loop through autocast, the engine through its working copy.
+in one process, so that a noisy machine disturbs both alike; the result is the median of the paired ratios with a
+bootstrap interval. In bf16 both keep fp32 masters: the loop through autocast, the engine through its working copy.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import MANIFEST
-from hcx.data import ShardSet
+from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.errors import CheckpointError
 from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import export_hf
@@ -42,7 +42,7 @@ def convert_model(source: Path, destination: Path, dtype: torch.dtype, manifest:
         config = ModelConfig.model_validate(stated["model"], strict=False)
         tensors = ((name, reader.read(name, "master")) for name in reader.names())
         shards = Path(stated.get("data", {}).get("shards", ""))
-        tokenizer = ShardSet.open(shards).tokenizer_directory if is_complete(shards) else None
+        tokenizer = shards / TOKENIZER_FOLDER if is_complete(shards) else None
     else:
         raise CheckpointError(f"{source}: neither a model directory (config.json) nor a complete checkpoint")
     with new_artifact(destination, "model", {"dtype": str(dtype)}, [artifact_input("model", source)]) as artifact:

@@ -10,7 +10,8 @@ import torch
 from hcx.artifacts import Input, artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import write_atomically
 from hcx.config import dump_yaml
-from hcx.data import PackedLoader, ShardSet
+from hcx.data import PackedLoader, ShardSet, validation_batches, validation_bytes
+from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.dist import init_process_group, process_environment, rehearsal, seed_everything
 from hcx.engine.base import Engine
 from hcx.engine.build import build_engine
@@ -78,7 +79,7 @@ def run_training(
         NextToken(),
         recipe.optim.schedule,
         out,
-        validation=_validation(recipe, shards),
+        validation=validation_sets(recipe, shards),
         sinks=sinks,
         resolved=recipe,
         inputs=inputs,
@@ -119,13 +120,16 @@ def _weights(recipe: TrainRecipe) -> WeightsProvider:
     return TensorWeights(files.weight, recipe.init_from)
 
 
-def _validation(recipe: TrainRecipe, shards: ShardSet) -> list[ValidationSet]:
+def validation_sets(recipe: TrainRecipe, shards: ShardSet) -> list[ValidationSet]:
+    """The held-out rows of every language that has some."""
     seq_len = recipe.validation.seq_len or recipe.data.seq_len
     sets = []
     for language in shards.languages:
-        held_out = shards.validation(language, seq_len, recipe.validation.micro_batch, recipe.validation.max_documents)
-        if held_out.num_bytes:
-            sets.append(ValidationSet(language, held_out.micro_batches, held_out.num_bytes))
+        limit = recipe.validation.max_documents
+        if shards.shard(language, "validation").num_documents == 0:
+            continue
+        rows = list(validation_batches(shards, language, seq_len, recipe.validation.micro_batch, limit))
+        sets.append(ValidationSet(language, rows, validation_bytes(shards, language, limit)))
     return sets
 
 
@@ -149,7 +153,8 @@ def _export(
         raise CheckpointError(f"{out / 'checkpoints'}: the final checkpoint is not there")
     made_from = [artifact_input("checkpoint", final), *inputs]
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
-        export_hf(artifact.path, recipe.model, tensors, shards.tokenizer_directory, DTYPES[recipe.export.dtype])
+        tokenizer = shards.directory / TOKENIZER_FOLDER
+        export_hf(artifact.path, recipe.model, tensors, tokenizer, DTYPES[recipe.export.dtype])
         artifact.counts = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
