@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         model: Annotated[Path, typer.Argument(help="Model directory.", show_default=False)],
         system: Annotated[str | None, typer.Option(help="Instruction that opens the conversation.")] = None,
         max_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+        max_seq: Annotated[int | None, typer.Option(help="Tokens of the whole conversation.", min=1)] = None,
         temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
         top_p: Annotated[float, typer.Option(help="Among the most likely that hold this probability.")] = 0.95,
         repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repeats less likely.")] = 1.0,
@@ -37,10 +38,11 @@ def register(app: typer.Typer) -> None:
         Commands: /reset begins anew, /undo takes the last turn back; Ctrl-C stops an answer, Ctrl-D ends.
         """
         from hcx.cli.models import load_for_inference
-        from hcx.generate import Generator, SamplingParams
+        from hcx.generate import DEFAULT_MAX_SEQ, Generator, SamplingParams
 
         opening = [] if system is None else [{"role": "system", "content": system}]
-        generator = Generator(load_for_inference(model, numerics, kernel, device), max_batch=1)
+        loaded = load_for_inference(model, numerics, kernel, device)
+        generator = Generator(loaded, 1, max_seq or min(loaded.config.max_seq_len, DEFAULT_MAX_SEQ))
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,

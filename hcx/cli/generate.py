@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
         why it stopped.
         """
         from hcx.cli.models import load_for_inference
-        from hcx.generate import Generator, SamplingParams
+        from hcx.generate import Generator, SamplingParams, check_prompt, encode_prompt
 
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -49,9 +49,12 @@ def register(app: typer.Typer) -> None:
             stop=tuple(stop or ()),
             ignore_eos=ignore_eos,
         )
-        text = prompt if prompt is not None else sys.stdin.read()
-        generator = Generator(load_for_inference(model, numerics, kernel, device), max_batch=1)
-        ids = generator.encode(text)
+        text = _standard_input() if prompt is None else prompt
+        loaded = load_for_inference(model, numerics, kernel, device)
+        ids = encode_prompt(loaded, text)
+        check_prompt(ids, params, loaded.config.vocab_size, loaded.config.max_seq_len)
+        # No larger than needed: a long-context model's whole cache could exceed the memory.
+        generator = Generator(loaded, max_batch=1, max_seq=len(ids) + max_tokens)
         if as_json:
             (answer,) = generator.generate([ids], params)
             print_json(
@@ -68,3 +71,15 @@ def register(app: typer.Typer) -> None:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def _standard_input() -> str:
+    from hcx.errors import DataError
+
+    if sys.stdin.isatty():
+        sys.stderr.write("reading the prompt from the terminal; end it with Ctrl-D\n")
+    try:
+        # The newline that `echo` adds is not part of the text.
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None

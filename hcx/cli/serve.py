@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
         max_batch: Annotated[int, typer.Option(help="Requests that generate at the same time.", min=1)] = 8,
-        max_seq: Annotated[int | None, typer.Option(help="Tokens of prompt and answer; the model's own limit.")] = None,
+        max_seq: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.", min=1)] = None,
         max_queue: Annotated[int, typer.Option(help="Choices that may wait.", min=0)] = 256,
         max_prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt.", min=1)] = None,
         max_choices: Annotated[int, typer.Option(help="Prompts times n in one request.", min=1)] = 128,

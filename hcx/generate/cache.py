@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hcx.errors import ConfigError
 from hcx.model.config import ModelConfig
 
 LENGTH_STEP = 64
@@ -25,6 +27,9 @@ class ContiguousKVCache:
         max_seq: tokens per sequence.
         dtype, device: of keys and values.
 
+    Raises:
+        ConfigError: there is not enough memory.
+
     Attributes:
         scratch: the position for padding tokens.
     """
@@ -35,8 +40,15 @@ class ContiguousKVCache:
         self.rows, self.max_seq, self.scratch = rows, max_seq, max_seq
         shape = (config.num_layers, rows, max_seq + 1, config.kv_heads, config.head_size)
         # Zeros, not empty: places that were never written take part in masked products and must be finite.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError:  # torch's out-of-memory errors are of this kind
+            size = 2 * math.prod(shape) * dtype.itemsize / 2**30
+            raise ConfigError(
+                f"a cache for {rows} requests of {max_seq} tokens needs {size:.1f} GiB, which {device} does not have; "
+                "lower max_seq or max_batch"
+            ) from None
 
     @property
     def size_bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hcx.errors import ConfigError
 from hcx.generate.cache import ContiguousKVCache
@@ -15,6 +15,11 @@ from hcx.generate.step import EagerSteps, Steps
 from hcx.generate.text import Detokenizer
 from hcx.model.load import LoadedModel
 
+if TYPE_CHECKING:
+    from hcx.tokenizer import Tokenizer
+
+DEFAULT_MAX_SEQ = 4096
+"""What servers and conversations take when nothing is said: a long-context model's own limit would fill the memory."""
 END_OF_TURN_NAMES = ("<|endofturn|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 """Tokens that end an answer in a chat, in our own format and in well-known foreign ones."""
 
@@ -55,25 +60,17 @@ class Generator:
         self.stop_ids = _end_tokens(loaded)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt, after the beginning-of-text token where the model's tokenizer has one.
-
-        An empty prompt becomes the end-of-text token, which is the context that packing trains.
-
-        Raises:
-            ConfigError: the model has no tokenizer.
-        """
-        tokenizer = self._tokenizer("text prompts")
-        return [*tokenizer.prompt_prefix, *tokenizer.encode(text)] or [tokenizer.eos_id]
+        """See `encode_prompt`."""
+        return encode_prompt(self.loaded, text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation up to where the assistant answers."""
-        ids: list[int] = self._tokenizer("chat").render_chat(messages, add_generation_prompt=True)
-        return ids
+        return _tokenizer(self.loaded, "chat").render_chat(messages, add_generation_prompt=True)
 
     @property
     def end_of_turn_ids(self) -> tuple[int, ...]:
         """Tokens that end the assistant's turn, besides the end of text."""
-        special = self._tokenizer("chat").special_tokens
+        special = _tokenizer(self.loaded, "chat").special_tokens
         return tuple(special[name] for name in END_OF_TURN_NAMES if name in special)
 
     def request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
@@ -134,10 +131,23 @@ class Generator:
             if request.finish_reason is None:
                 self.scheduler.cancel(request)
 
-    def _tokenizer(self, needed_for: str) -> Any:
-        if self.loaded.tokenizer is None:
-            raise ConfigError(f"{needed_for} need a tokenizer, and {self.loaded.directory} has no tokenizer.json")
-        return self.loaded.tokenizer
+
+def encode_prompt(loaded: LoadedModel, text: str) -> list[int]:
+    """The ids of a prompt, after the beginning-of-text token where the model's tokenizer has one.
+
+    An empty prompt becomes the end-of-text token, which is the context that packing trains.
+
+    Raises:
+        ConfigError: the model has no tokenizer.
+    """
+    tokenizer = _tokenizer(loaded, "text prompts")
+    return [*tokenizer.prompt_prefix, *tokenizer.encode(text)] or [tokenizer.eos_id]
+
+
+def _tokenizer(loaded: LoadedModel, needed_for: str) -> Tokenizer:
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{needed_for}: a tokenizer is needed, and {loaded.directory} has no tokenizer.json")
+    return loaded.tokenizer
 
 
 def _end_tokens(loaded: LoadedModel) -> frozenset[int]:

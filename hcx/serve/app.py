@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from hcx import __version__
 from hcx.errors import ConfigError, HcxError
-from hcx.generate import Generator, SamplingParams
+from hcx.generate import DEFAULT_MAX_SEQ, Generator, SamplingParams
 from hcx.generate.request import check_prompt
 from hcx.model.load import LoadedModel
 from hcx.obs import get_logger
@@ -56,7 +56,8 @@ class Service:
             raise ConfigError(f"{loaded.directory}: no tokenizer.json; a served model needs its tokenizer")
         self.loaded, self.config = loaded, config
         self.tokenizer = loaded.tokenizer
-        self.generator = Generator(loaded, config.max_batch, config.max_seq, config.prefill_tokens)
+        max_seq = config.max_seq or min(loaded.config.max_seq_len, DEFAULT_MAX_SEQ)
+        self.generator = Generator(loaded, config.max_batch, max_seq, config.prefill_tokens)
         if self.generator.detokenizer is None:
             raise AssertionError("a model with a tokenizer has a detokenizer")
         self.detokenizer = self.generator.detokenizer

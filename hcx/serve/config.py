@@ -21,7 +21,7 @@ class ServeConfig(Config):
     max_batch: int = 8
     """Requests that generate at the same time."""
     max_seq: int | None = None
-    """Tokens of prompt and answer together; the model's own limit if not given."""
+    """Tokens of prompt and answer together; the model's own limit, but not above 4096, if not given."""
     prefill_tokens: int = 512
     """Prompt tokens read between two generated tokens of the other requests."""
     max_queue: int = 256

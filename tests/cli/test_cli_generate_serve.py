@@ -39,9 +39,17 @@ def test_generate_prints_what_its_json_says(model: Path, capsys: pytest.CaptureF
 def test_generate_reads_standard_input(
     model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("대한"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("대한\n\n"))
     assert _run("generate", model, "--max-tokens", "3", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["prompt"] == "대한"
+    assert json.loads(capsys.readouterr().out)["prompt"] == "대한\n"
+
+
+def test_generate_refuses_standard_input_that_is_no_text(
+    model: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), encoding="utf-8"))
+    assert _run("generate", model) == 2
+    assert "not UTF-8 text: invalid start byte at byte 2" in capsys.readouterr().err
 
 
 def test_chat_remembers_resets_and_ends_with_its_input(
@@ -83,6 +91,7 @@ def test_chat_forgets_the_oldest_turns_when_the_context_is_full(
         (["serve", "MODEL", "--port", "0", "--api-key-file", "/nowhere"], "cannot be read"),
         (["serve", "MODEL", "--port", "0", "--adapter", "ko=DIR"], "--adapter ko=DIR: adapters are not served yet"),
         (["serve", "MODEL", "--port", "0", "--max-seq", "999"], "max_seq = 999; must be from 1"),
+        (["serve", "MODEL", "--port", "0", "--max-batch", "99999999999"], "lower max_seq or max_batch"),
         (["serve", "MODEL", "--port", "0", "--host", "256.0.0.1", "--api-key-file", "KEYS"], "no such address"),
         (["serve", "/nowhere", "--port", "0"], "no such model directory"),
         (["serve", "MODEL", "--colour", "red"], "No such option"),
