@@ -25,7 +25,7 @@ def demo(
     """Text to tokenizer, shards, training, compression, serving, evaluation and one report. Run again, it goes on."""
     from hcx.cli import demo_steps as steps
     from hcx.errors import ConfigError
-    from hcx.report import build_report
+    from hcx.report import write_report
 
     if not 0.05 <= minutes <= 600:
         raise ConfigError(f"--minutes {minutes:g}: must lie between 0.05 and 600")
@@ -42,7 +42,7 @@ def demo(
     ):
         echo(f"{clock.stamp()}  {title}")
         step(plan)
-    page = build_report([out], out / "report")
+    page = write_report([out], out / "report")
     quality = steps.read_quality(plan)
     full = quality.models[0]
     echo()

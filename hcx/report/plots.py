@@ -1,7 +1,7 @@
 """Figures as inline SVG that take their fonts and colours from the page.
 
-Text stays text (`svg.fonttype: none`), so Korean renders with the page's fonts. Colours are drawn with sentinel values and
-replaced by CSS variables, so one figure serves the light, the dark and the printed page.
+Text stays text (`svg.fonttype: none`), so Korean renders with the page's fonts. Colours are drawn with sentinel values
+and replaced by CSS variables, so one figure serves the light, the dark and the printed page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MARKERS = {"ko": "o", "en": "s", "code": "D"}
 SIZE = (5.9, 3.9)
 """Inches at 72 dpi: small enough that text stays readable when a phone shrinks the figure to its width."""
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "hcx",
     "font.size": 12,
