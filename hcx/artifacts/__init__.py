@@ -2,7 +2,7 @@
 
 from hcx.artifacts.digest import digest_bytes, digest_file, digest_json
 from hcx.artifacts.manifest import Input, Manifest, artifact_input, is_complete, new_artifact, read_manifest, verify
-from hcx.artifacts.resources import find_resource, resource_names
+from hcx.artifacts.resources import find_file, find_resource, resource_names
 
 __all__ = [
     "Input",
@@ -11,6 +11,7 @@ __all__ = [
     "digest_bytes",
     "digest_file",
     "digest_json",
+    "find_file",
     "find_resource",
     "is_complete",
     "new_artifact",

@@ -7,6 +7,7 @@ from pathlib import Path
 import hcx
 from hcx.errors import HcxError, did_you_mean
 
+FOLDERS = ("launch", "evals", "tokenizer", "slurm")
 _PACKAGE = Path(hcx.__file__).resolve().parent
 
 
@@ -25,8 +26,25 @@ def find_resource(name: str) -> Path:
     for root in _roots():
         if (root / name).exists():
             return root / name
-    folder = str(Path(name).parent)
-    raise HcxError(f"{name}: not shipped with hcx; {did_you_mean(name, resource_names(folder))}")
+    # Of a name outside them, every shipped file is a candidate; the folder itself may hold anything.
+    parent = Path(name).parent
+    folders = (str(parent),) if parent.parts[:1] and parent.parts[0] in FOLDERS else FOLDERS
+    shipped = [found for folder in folders for found in resource_names(folder)]
+    raise HcxError(f"{name}: not shipped with hcx; {did_you_mean(name, shipped)}")
+
+
+def find_file(name: str | Path) -> Path:
+    """A file that a user names: their own path first, else one that ships with hcx under this name.
+
+    Raises:
+        HcxError: neither exists.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if path.is_absolute():
+        raise HcxError(f"{path}: no such file")
+    return find_resource(str(name))
 
 
 def resource_names(folder: str, suffix: str = ".yaml") -> list[str]:

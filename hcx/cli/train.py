@@ -22,14 +22,14 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> int:
     """Trains as a recipe says; resumes by itself after an interruption (exit code 75)."""
-    from hcx.artifacts import find_resource
+    from hcx.artifacts import find_file
     from hcx.config import dump_yaml
     from hcx.dist import process_environment
     from hcx.dist.spawn import run_local_ranks, this_command
     from hcx.model.flops import parameter_count
     from hcx.recipe import check_recipe, load_train_recipe
 
-    loaded = load_train_recipe(find_resource(recipe), overrides or ())
+    loaded = load_train_recipe(find_file(recipe), overrides or ())
     rank, world_size, _ = process_environment()
     check_recipe(loaded, None if world_size == 1 else world_size)
     if dry_run:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hcx.artifacts import artifact_input, digest_file, find_resource, is_complete, new_artifact, read_manifest, verify
+from hcx.artifacts import (
+    artifact_input,
+    digest_file,
+    find_file,
+    find_resource,
+    is_complete,
+    new_artifact,
+    read_manifest,
+    verify,
+)
 from hcx.artifacts.manifest import scrub_secrets
 from hcx.errors import HcxError
 
@@ -102,3 +111,21 @@ def test_secrets_never_reach_a_manifest() -> None:
 def test_unknown_resource_suggests_a_shipped_one() -> None:
     with pytest.raises(HcxError, match="not shipped with hcx"):
         find_resource("launch/absent.yaml")
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = find_file("launch/data/demo.yaml")
+    assert shipped.is_absolute()
+    Path("launch/data").mkdir(parents=True)
+    Path("launch/data/demo.yaml").touch()
+    assert find_file("launch/data/demo.yaml") == Path("launch/data/demo.yaml")
+
+
+def test_a_name_that_is_nowhere_is_answered_with_shipped_names_only(tmp_path: Path) -> None:
+    with pytest.raises(HcxError, match="valid: evals/") as error:
+        find_file("absent.yaml")
+    assert "site-packages" not in str(error.value)
+    (tmp_path / "other.yaml").touch()
+    with pytest.raises(HcxError, match=r"absent\.yaml: no such file"):
+        find_file(tmp_path / "absent.yaml")
