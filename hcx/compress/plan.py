@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
@@ -24,29 +24,30 @@ MIN_GROUP = 8
 """Below this, scales take more room than the planes."""
 
 
-class _Settings(Config):
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        bits, group_size, rounds = (getattr(self, name) for name in ("bits", "group_size", "rounds"))
-        if bits is not None and not 1 <= bits <= MAX_BITS:
-            raise ValueError(f"bits = {bits}; allowed: 1 to {MAX_BITS}")
-        if group_size is not None and group_size < MIN_GROUP:
-            raise ValueError(f"group_size = {group_size}; must be at least {MIN_GROUP}")
-        if rounds is not None and rounds < 0:
-            raise ValueError(f"rounds = {rounds}; must be at least 0")
-        return self
+def _within(low: int, high: int | None = None) -> AfterValidator:
+    def check(value: int) -> int:
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"allowed: {low} to {high}" if high is not None else f"must be at least {low}")
+        return value
+
+    return AfterValidator(check)
 
 
-class ModulePlan(_Settings):
+Bits = Annotated[int, _within(1, MAX_BITS)]
+GroupSize = Annotated[int, _within(MIN_GROUP)]
+Rounds = Annotated[int, _within(0)]
+
+
+class ModulePlan(Config):
     """Settings of one quantizer."""
 
-    bits: int = 4
+    bits: Bits = 4
     """Planes, 1 to 8."""
-    group_size: int = 128
+    group_size: GroupSize = 128
     """Inputs that share their scales; more than a row means the whole row."""
     method: MethodName = "alternating"
     """`alternating` and `greedy` choose binary codes; `uniform` rounds to nearest."""
-    rounds: int = 15
+    rounds: Rounds = 15
     """Rounds of alternation."""
     offset: bool = False
     """A constant per group beside the scales (`uniform` always has one)."""
@@ -61,20 +62,20 @@ class ModulePlan(_Settings):
         return quantize(weight, self.bits, self.group_size, self.method, self.rounds, self.offset, dtype)
 
 
-class PlanRule(_Settings):
+class PlanRule(Config):
     """Settings for modules whose name matches; the first match holds, and what it leaves out is the default's."""
 
     pattern: str
     """A shell pattern over module names, such as `*.down_proj` or `model.layers.0.*`."""
     keep: bool = False
     """Keep the weight as it is."""
-    bits: int | None = None
+    bits: Bits | None = None
     """Planes."""
-    group_size: int | None = None
+    group_size: GroupSize | None = None
     """Inputs that share their scales."""
     method: MethodName | None = None
     """The quantizer."""
-    rounds: int | None = None
+    rounds: Rounds | None = None
     """Rounds of alternation."""
     offset: bool | None = None
     """A constant per group beside the scales."""

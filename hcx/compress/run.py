@@ -48,11 +48,14 @@ class CompressionSummary:
     Attributes:
         directory: the compressed model.
         modules: one entry per compressed weight.
+        kept_weights, kept_bytes: weights stored as they were, and the room they take.
         file_bytes, source_bytes: of the weight files after and before.
     """
 
     directory: Path
     modules: list[ModuleResult] = field(default_factory=list)
+    kept_weights: int = 0
+    kept_bytes: int = 0
     file_bytes: int = 0
     source_bytes: int = 0
 
@@ -82,6 +85,8 @@ class CompressionSummary:
         return {
             "directory": str(self.directory),
             "bits_per_weight": self.bits_per_weight,
+            "kept_weights": self.kept_weights,
+            "kept_bytes": self.kept_bytes,
             "file_bytes": self.file_bytes,
             "source_bytes": self.source_bytes,
             "by_type": self.by_type(),
@@ -145,6 +150,7 @@ def compress_model(
             artifact.counts = {
                 "bits_per_weight": round(summary.bits_per_weight, 4),
                 "compressed_weights": sum(module.weights for module in summary.modules),
+                "kept_weights": summary.kept_weights,
                 "file_bytes": summary.file_bytes,
             }
             if (source / "tokenizer.json").is_file():
@@ -183,6 +189,8 @@ def _compressed(
         stem = name.removesuffix(".weight")
         module = chosen.get(stem)
         if module is None:
+            summary.kept_weights += weight.numel()
+            summary.kept_bytes += weight.numel() * weight.element_size()
             yield name, weight
         else:
             try:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from hcx.artifacts import read_manifest, resource_names, verify
+from hcx.artifacts import artifact_input, new_artifact, read_manifest, resource_names, verify
 from hcx.cli.main import main
 from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model
-from hcx.compress.divergence import divergence
+from hcx.compress.divergence import divergence, divergence_by_language
 from hcx.config import load_config
 from hcx.errors import ConfigError
 from hcx.model.load import iter_tensors, load_model
 from hcx.model.meta import ForwardMeta
 from hcx.testing.batches import packed_rows
+from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
 
 
@@ -82,10 +85,92 @@ def test_an_interrupted_compression_leaves_nothing(model: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rule_that_matches_nothing_is_refused(model: Path, tmp_path: Path) -> None:
-    plan = CompressPlan(rules=(PlanRule(pattern="*.dwon_proj", bits=2),))
-    with pytest.raises(ConfigError, match=r"rules\.0\.pattern = '\*\.dwon_proj' matches no linear layer"):
+def test_rules_hold_in_order_and_take_the_rest_from_the_default() -> None:
+    plan = CompressPlan(
+        default=ModulePlan(bits=3, group_size=64, scale_dtype="bf16"),
+        rules=(
+            PlanRule(pattern="model.layers.0.*", keep=True),
+            PlanRule(pattern="*.down_proj", bits=5, offset=True),
+            PlanRule(pattern="*.down_proj", bits=1),
+        ),
+    )
+    assert plan.module("model.layers.0.mlp.down_proj") is None
+    assert plan.module("model.layers.1.mlp.up_proj") == plan.default
+    expected = ModulePlan(bits=5, group_size=64, scale_dtype="bf16", offset=True)
+    assert plan.module("model.layers.1.mlp.down_proj") == expected
+    assert plan.module("model.embed_tokens") is None
+    assert plan.module("lm_head") is None
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (["*.dwon_proj"], r"rules\.0\.pattern = '\*\.dwon_proj' matches no linear layer.*did you mean '\*\.down_proj'"),
+        (["lm_head"], "embedding and output have keys of their own"),
+        (["*_proj", "*.up_proj"], r"rules\.1\.pattern = '\*\.up_proj' has no effect"),
+    ],
+)
+def test_a_rule_that_changes_nothing_is_refused(model: Path, tmp_path: Path, rules: list[str], message: str) -> None:
+    plan = CompressPlan(rules=tuple(PlanRule(pattern=pattern, bits=2) for pattern in rules))
+    with pytest.raises(ConfigError, match=message):
         compress_model(model, tmp_path / "bcq", plan)
+    assert not (tmp_path / "bcq").exists()
+
+
+def test_a_plan_that_keeps_everything_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keeps every weight"):
+        compress_model(model, tmp_path / "bcq", CompressPlan(rules=(PlanRule(pattern="*", keep=True),)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_output_are_compressed_when_the_plan_says_so(tied: bool, tmp_path: Path) -> None:
+    source = tiny_model_directory(tmp_path / "full", with_tokenizer=False, tie_embeddings=tied)
+    eight = ModulePlan(bits=8, group_size=64)
+    plan = CompressPlan(embedding=eight, output=None if tied else eight)
+    summary = compress_model(source, tmp_path / "bcq", plan)
+    found = dict(iter_tensors(tmp_path / "bcq"))
+    for name, weight in iter_tensors(source):
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert 0 < float((found[name] - weight).norm() / weight.norm()) < 0.01
+    assert {"embed_tokens"} | (set() if tied else {"lm_head"}) <= set(summary.by_type())
+    logits, full = _logits(tmp_path / "bcq"), _logits(source)
+    assert float((logits - full).norm() / full.norm()) < 0.5
+    if tied:
+        with pytest.raises(ConfigError, match="tied"):
+            compress_model(source, tmp_path / "other", CompressPlan(output=eight))
+
+
+def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
+    source = tiny_model_directory(tmp_path / "full", with_tokenizer=False)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight: .*not finite"):
+        compress_model(source, tmp_path / "bcq", CompressPlan())
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_divergence_is_told_by_language_and_equals_a_plain_sum(model: Path, tmp_path: Path) -> None:
+    compress_model(model, tmp_path / "bcq", CompressPlan(default=ModulePlan(bits=2, group_size=32)))
+    full, other = load_model(model).decoder, load_model(tmp_path / "bcq").decoder
+    batch = replace(packed_rows(4, 24, 384, seed=5), sources=("ko", "en", "ko", "en"))
+    found = divergence_by_language(full, other, [batch])
+    assert list(found) == ["en", "ko"]
+    meta = ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)
+    with torch.no_grad():
+        one = full.output(full(batch.tokens, meta)).logits().double().log_softmax(-1)
+        two = other.output(other(batch.tokens, meta)).logits().double().log_softmax(-1)
+    per_token = torch.nn.functional.kl_div(two, one, log_target=True, reduction="none").sum(-1)
+    for language, rows in (("ko", [0, 2]), ("en", [1, 3])):
+        counted = batch.weights[rows] > 0
+        assert found[language].kl == pytest.approx(float(per_token[rows][counted].mean()), rel=1e-4)
+        same = (one.argmax(-1) == two.argmax(-1))[rows][counted].double().mean()
+        assert found[language].top1 == pytest.approx(float(same))
+        assert found[language].kl_stderr > 0
+    whole = divergence(full, other, [batch])
+    assert whole.tokens == found["ko"].tokens + found["en"].tokens
+    assert found["en"].kl != found["ko"].kl
 
 
 @pytest.mark.parametrize("name", resource_names("launch/compress"))
@@ -98,11 +183,11 @@ def test_every_shipped_plan_is_valid(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bits", "9"], "bits = 9; allowed: 1 to 8"),
+        (["--bits", "9"], "bits = 9: allowed: 1 to 8"),
         (["--bits", "2", "--group-size", "3"], "group_size = 3"),
         (["--bits", "2", "--method", "nearest"], "alternating"),
         ([], "--bits N"),
-        (["--plan", "launch/compress/none.yaml"], "none.yaml"),
+        (["--plan", "bcq5"], "did you mean 'bcq4'"),
         (["--bits", "2", "--report"], "--shards"),
     ],
 )
@@ -130,3 +215,32 @@ def test_the_command_compresses_and_keeps_what_was_there(
     assert again.value.code == 2
     assert "already exists" in capsys.readouterr().err
     assert read_manifest(tmp_path / "bcq") == before
+
+
+def test_a_plan_is_taken_by_shipped_name_or_from_a_file_of_ones_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("default: {bits: 2, group_size: 32}\nrules:\n- {pattern: '*.o_proj', bits: 5}\n")
+    for plan, options, bits in (("mine.yaml", [], {2, 5}), ("bcq3", ["--bits", "6", "--no-offset"], {6})):
+        out = f"out-{plan}"
+        with pytest.raises(SystemExit) as ended:
+            main(["compress", str(model), "--plan", plan, *options, "--out", out, "--json"])
+        assert ended.value.code == 0
+        modules = json.loads(capsys.readouterr().out)["modules"].values()
+        assert {module["bits"] for module in modules} == bits
+
+
+def test_the_report_reads_the_text_that_the_model_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, full = tmp_path / "shards", tmp_path / "full"
+    vocab_size = tiny_shards(tmp_path).vocab_size
+    with new_artifact(full, "model", None, [artifact_input("shards", shards)]) as artifact:
+        tiny_model_directory(artifact.path, with_tokenizer=False, vocab_size=vocab_size)
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", str(full), "--bits", "3", "--report", "--out", str(tmp_path / "bcq"), "--json"])
+    assert ended.value.code == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert {row["language"] for row in quality} == {"ko", "en", "code"}
+    assert all(row["kl"] > 0 for row in quality if row["model"] != "full precision")
