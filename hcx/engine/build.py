@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+
+import torch
 
 from hcx.dist import process_environment
 from hcx.engine.base import Engine
@@ -46,6 +49,8 @@ def build_engine(
         )
     kind: type[Engine]
     if isinstance(engine_config, DeepSpeedEngineConfig):
+        # Left to itself, the library warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         from hcx.engine.deepspeed_engine import DeepSpeedEngine as kind
     elif isinstance(engine_config, MegatronEngineConfig):
         from hcx.engine.megatron_engine import MegatronEngine as kind

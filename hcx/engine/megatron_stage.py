@@ -70,6 +70,8 @@ _acquired: tuple[Any, int, int] | None = None
 def acquire_groups(topology: Topology) -> None:
     """The library's process groups, which are global: made again only for another layout."""
     global _acquired
+    # Modules that the library imports later announce the same torch fallbacks.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     wanted = (torch.distributed.group.WORLD, topology.tp_size, topology.pp_size)
     if _acquired == wanted and parallel_state.model_parallel_is_initialized():
         return

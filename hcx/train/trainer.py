@@ -200,13 +200,22 @@ class Trainer:
         self.step += 1
         self.tokens += round(stats.weight)
         self._watch(stats)
-        for batch in batches:
-            self.sources.update(dict(Counter(batch.sources)))
+        self.sources.update(self._count_sources(batches))
         if self.sinks or self.callbacks:
             metrics = self._metrics(stats, factor, time.monotonic() - begun) | extra
             for callback in self.callbacks:
                 callback.after_step(self.step, stats, metrics)
             self._write(metrics)
+
+    def _count_sources(self, batches: Sequence[MicroBatch]) -> dict[str, int]:
+        """Rows of each source in the global batch."""
+        mine, place = Counter(source for batch in batches for source in batch.sources), self.engine.topology
+        if place.dp_size == 1:
+            return dict(mine)
+        everyone: list[Counter[str]] = [Counter()] * place.world_size
+        # One rank answers for each replica.
+        torch.distributed.all_gather_object(everyone, mine if place.tp_rank == place.pp_rank == 0 else Counter())
+        return dict(sum(everyone, Counter()))
 
     def _metrics(self, stats: StepStats, factor: float, seconds: float) -> dict[str, float]:
         rate = stats.weight / seconds
