@@ -30,22 +30,28 @@ def golden_weight() -> PackedWeight:
     return PackedWeight(pack_signs(positive), scales.half(), offset.float(), in_features=16, group_size=6)
 
 
-def decode_by_hand(data: bytes, entry: dict) -> list[list[float]]:
-    """A second decoder, from the words of FORMAT.md alone: no torch, no numpy, nothing of hcx."""
+def tensors_by_hand(data: bytes) -> dict[str, tuple[dict, bytes]]:
+    """Header entry and bytes of each tensor of a safetensors container, by the last part of its name."""
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
+    return {
+        name.removeprefix(STEM + "."): (entry, data[8 + length :][slice(*entry["data_offsets"])])
+        for name, entry in header.items()
+        if name.startswith(STEM)
+    }
 
-    def raw(name: str) -> bytes:
-        start, stop = header[f"{STEM}.{name}"]["data_offsets"]
-        return data[8 + length + start : 8 + length + stop]
 
+def decode_by_hand(data: bytes, entry: dict) -> list[list[float]]:
+    """A second decoder, from the words of FORMAT.md alone: no torch, no numpy, nothing of hcx."""
+    tensors = tensors_by_hand(data)
     bits, rows, columns, group = (entry[key] for key in ("bits", "out_features", "in_features", "group_size"))
     stride, groups = -(-columns // 8), -(-columns // group)
-    planes = raw("planes")
-    scales = scales_by_hand(raw("scales"), entry["scale_dtype"])
-    offsets = struct.unpack(f"<{rows * groups}f", raw("offset")) if entry["offset"] else [0.0] * (rows * groups)
-    assert header[f"{STEM}.planes"]["shape"] == [bits, rows, stride]
-    assert header[f"{STEM}.scales"]["shape"] == [bits, rows, groups]
+    planes = tensors["planes"][1]
+    scales = scales_by_hand(tensors["scales"][1], entry["scale_dtype"])
+    count = rows * groups
+    offsets = struct.unpack(f"<{count}f", tensors["offset"][1]) if entry["offset"] else [0.0] * count
+    assert tensors["planes"][0]["shape"] == [bits, rows, stride]
+    assert tensors["scales"][0]["shape"] == [bits, rows, groups]
     dense = []
     for row in range(rows):
         values = []
@@ -67,8 +73,18 @@ def scales_by_hand(data: bytes, dtype: str) -> list[float]:
     return list(struct.unpack(f"<{len(data) // size}{letter}", data))
 
 
-def test_the_golden_file_is_written_byte_for_byte() -> None:
-    assert save(golden_weight().to_tensors(STEM)) == GOLDEN.read_bytes()
+def test_the_golden_bytes_are_what_is_written() -> None:
+    written, golden = tensors_by_hand(save(golden_weight().to_tensors(STEM))), tensors_by_hand(GOLDEN.read_bytes())
+    assert list(golden) == list(written)
+    for name, (entry, data) in golden.items():
+        assert written[name][1] == data
+        assert (written[name][0]["dtype"], written[name][0]["shape"]) == (entry["dtype"], entry["shape"])
+
+
+def test_the_bytes_of_the_format_page_are_those_of_the_golden_file() -> None:
+    page = (Path(__file__).parents[2] / "kernels" / "FORMAT.md").read_text(encoding="utf-8")
+    rows = [line.split()[2:] for line in page.splitlines() if line.strip().startswith(("plane 0 ", "plane 1 "))]
+    assert bytes.fromhex("".join(byte for row in rows for byte in row)) == tensors_by_hand(GOLDEN.read_bytes())["planes"][1]
 
 
 def test_a_second_decoder_reads_the_golden_file_to_the_same_weights() -> None:
@@ -76,7 +92,8 @@ def test_a_second_decoder_reads_the_golden_file_to_the_same_weights() -> None:
     packed = PackedWeight.from_tensors(STEM, load_file(GOLDEN), golden_weight().describe())
     # Every number of the example is a short binary fraction: sums are exact.
     assert packed.dequantize().tolist() == by_hand
-    assert by_hand[0][:2] == [-0.25 + 1 - 0.5, -0.25 - 1 + 0.5]
+    assert (by_hand[0][0], by_hand[0][1], by_hand[0][6]) == (0.25, -0.75, -0.84375)
+    assert (by_hand[0][12], by_hand[3][0]) == (-2.4375, -0.75)
 
 
 @settings(max_examples=60, deadline=None)
