@@ -84,7 +84,10 @@ def test_the_golden_bytes_are_what_is_written() -> None:
 def test_the_bytes_of_the_format_page_are_those_of_the_golden_file() -> None:
     page = (Path(__file__).parents[2] / "kernels" / "FORMAT.md").read_text(encoding="utf-8")
     rows = [line.split()[2:] for line in page.splitlines() if line.strip().startswith(("plane 0 ", "plane 1 "))]
-    assert bytes.fromhex("".join(byte for row in rows for byte in row)) == tensors_by_hand(GOLDEN.read_bytes())["planes"][1]
+    assert (
+        bytes.fromhex("".join(byte for row in rows for byte in row))
+        == tensors_by_hand(GOLDEN.read_bytes())["planes"][1]
+    )
 
 
 def test_a_second_decoder_reads_the_golden_file_to_the_same_weights() -> None:
