@@ -23,6 +23,7 @@ M = TypeVar("M", bound=BaseModel)
 MAX_DEPTH = 6
 """How deep below a given directory artifacts are looked for."""
 WEIGHT_SUFFIX = ".safetensors"
+EVAL_KINDS = ("eval", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def collect(directories: Sequence[str | Path]) -> Evidence:
             evidence.samples = _read(artifact, "samples.json", Samples, evidence.notes) or evidence.samples
         elif kind == "serving":
             evidence.serving = _read(artifact, "serving.json", Serving, evidence.notes) or evidence.serving
-    for artifact in evidence.of_kind("eval"):
+    for artifact in (artifact for artifact in evidence.artifacts if artifact.manifest.kind in EVAL_KINDS):
         results = _read(artifact, "results.json", EvalResults, evidence.notes)
         if results is not None:
             evidence.evals.append(EvalRun(artifact, _evaluated_model(artifact, evidence), results))

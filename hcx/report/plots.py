@@ -6,8 +6,8 @@ and replaced by CSS variables, so one figure serves the light, the dark and the 
 
 from __future__ import annotations
 
+import hashlib
 import io
-import itertools
 import logging
 import re
 import warnings
@@ -67,8 +67,6 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 
-_numbers = itertools.count(1)
-
 
 @contextmanager
 def _canvas(title: str, x: str, y: str) -> Iterator[tuple[Figure, Axes]]:
@@ -98,7 +96,8 @@ def _for_page(svg: str, description: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    prefix = f"f{next(_numbers)}-"
+    # From the content: ids differ between the figures of a page, and the same evidence gives the same page.
+    prefix = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)([^")]+)', rf"\1{prefix}\2", svg)
     svg = re.sub(r'font: (?:(?:bold|\d{3}) )?([\d.]+)px [^;"]*', r"font-size: \1px", svg)

@@ -164,9 +164,12 @@ class EvalTask(_Lenient):
     category: str | None = None
     version: str | int | float | None = None
     protocol: str | dict[str, object] | None = None
+    items: int | None = None
+    of: int | None = None
 
 
 class EvalResults(_Lenient):
     """`results.json` of `hcx eval`."""
 
     tasks: dict[str, EvalTask] = Field(default_factory=dict)
+    skipped: dict[str, str] = Field(default_factory=dict)
