@@ -11,7 +11,16 @@ from hcx.artifacts import new_artifact
 from hcx.report.evidence import Evidence, collect
 from hcx.report.ledger import ledger
 from hcx.report.markup import absent, bullets, in_order, language_name, section, table
-from hcx.report.sections import compression, evaluation, korean_register, korean_tag, text, trained_run, training
+from hcx.report.sections import (
+    compression,
+    evaluation,
+    korean_register,
+    korean_tag,
+    text,
+    trained_on_tag,
+    trained_run,
+    training,
+)
 
 STYLE = Path(__file__).with_name("page.css")
 SMALL_RUN_TOKENS = 1e9
@@ -130,7 +139,7 @@ def _samples(evidence: Evidence) -> str:
             f'<div class="outputs">{outputs}</div></div>'
         )
     body = f'<div class="samples">{"".join(blocks)}</div>'
-    return section("Samples side by side", escape(samples.protocol), body, tag=korean_tag(evidence))
+    return section("Samples side by side", escape(samples.protocol), body, tag=trained_on_tag(evidence))
 
 
 def _serving(evidence: Evidence) -> str:
@@ -157,7 +166,7 @@ def _serving(evidence: Evidence) -> str:
         f"The {escape(serving.model)} model behind OpenAI's protocol; numerics class {escape(serving.numerics)}, "
         f"kernel {escape(serving.backend) or 'not stated'}. Times as a client saw them, one request at a time."
     )
-    return section("Serving", lead, table(head, rows, (1, 2)))
+    return section("Serving", lead, table(head, rows, (1, 2)), tag=trained_on_tag(evidence))
 
 
 def _said(text: str) -> str:

@@ -127,10 +127,15 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
     with _canvas("Training loss", "optimizer step", "nats per token") as (figure, axes):
         axes.plot(steps, losses, color=FAINT, linewidth=0.8, alpha=0.45)
         if len(losses) > 20:
-            axes.plot(steps, smooth(losses), color=SERIES[0])
+            axes.plot(steps, smooth(losses, min(0.95, 1 - 10 / len(losses))), color=SERIES[0])
         _margins(axes, losses[len(losses) // 20 :] or losses)
         description = f"Training loss over {len(steps)} steps, from {losses[0]:.2f} to {losses[-1]:.2f} nats per token"
         return _svg(figure, description)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    # Below the axes: inside, it would lie on the curves of one run or another.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, columnspacing=1.2)
 
 
 def _margins(axes: Axes, values: Sequence[float]) -> None:
@@ -162,7 +167,7 @@ def bits_per_byte_curves(
                 axes.axhline(baseline[language], color=colour, linestyle=(0, (5, 3)), linewidth=1.2)
         if any(language in baseline for language in curves):
             axes.plot([], [], color=FAINT, linestyle=(0, (5, 3)), linewidth=1.2, label=baseline_name)
-        axes.legend(loc="upper right")
+        _legend(figure, axes)
         axes.margins(x=0.03)
         ends = ", ".join(f"{names.get(k, k)} {v[-1]:.2f}" for k, (_, v) in curves.items())
         return _svg(figure, f"Held-out bits per byte by language during training; at the end {ends}")
@@ -180,14 +185,12 @@ def shares(planned: Mapping[str, float], realised: Mapping[str, float], names: M
                 axes.text(realised[key] + 0.012, row, f"{realised[key]:.1%}", va="center", color=INK)
             if key in planned:
                 axes.plot([planned[key]] * 2, [row - 0.34, row + 0.34], color=INK, linewidth=2)
-        axes.plot([], [], color=INK, linewidth=2, label="planned")
         axes.set_yticks(range(len(keys)), [names.get(key, key) for key in keys])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlim(0, max([*planned.values(), *realised.values(), 0.1]) * 1.22)
-        axes.legend(loc="lower right")
         told = ", ".join(f"{names.get(key, key)} {realised.get(key, 0):.1%}" for key in keys)
         return _svg(figure, f"Realised shares of the training tokens: {told}")
 
@@ -219,7 +222,7 @@ def against_bits(
             axes.plot([], [], color=FAINT, linestyle=(0, (1, 2)), linewidth=1.4, label="full precision")
         if log and all(value > 0 for pairs in points.values() for _, value in pairs):
             axes.set_yscale("log")
-        axes.legend(loc="upper right")
+        _legend(figure, axes)
         axes.margins(x=0.05)
         told = "; ".join(
             f"{names.get(k, k)}: " + ", ".join(f"{b:.2f} bits {v:.3g}" for b, v in sorted(p)) for k, p in points.items()

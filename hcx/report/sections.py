@@ -41,6 +41,12 @@ def korean_tag(evidence: Evidence) -> str:
     return f"Korean: {register}" if register else ""
 
 
+def trained_on_tag(evidence: Evidence) -> str:
+    """The register of the training text, for sections whose own questions are of other kinds."""
+    register = korean_register(evidence)
+    return f"Korean training text: {register}" if register else ""
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
@@ -110,7 +116,7 @@ def best_baseline(quality: Quality | None) -> tuple[str, dict[str, float]]:
     best = {
         language: min(values[language] for values in kinds.values() if language in values) for language in languages
     }
-    name = "Kneser-Ney, the better one" if len(kinds) > 1 else f"Kneser-Ney {next(iter(kinds), '')}".rstrip()
+    name = "Kneser-Ney (better)" if len(kinds) > 1 else f"Kneser-Ney {next(iter(kinds), '')}".rstrip()
     return name, best
 
 
@@ -211,7 +217,7 @@ def compression(evidence: Evidence) -> str:
         + (f" ({held.description})" if held.description else "")
         for key, held in quality.held_out.items()
     )
-    lead = escape(quality.protocol) + (f" Scored: {escape(held_out)}." if held_out else "")
+    lead = escape(quality.protocol).replace(" %", "&nbsp;%") + (f" Scored: {escape(held_out)}." if held_out else "")
     return section("Compression", lead, body, tag=korean_tag(evidence))
 
 
@@ -298,7 +304,7 @@ def evaluation(evidence: Evidence) -> str:
         left = "".join(f"<li><b>{escape(task)}</b>: {escape(why)}</li>" for task, why in skipped.items())
         body += f"<h3>Tasks that were not run</h3><ul>{left}</ul>"
     lead = (
-        "Through lm-eval. 95 % intervals over the items; a score whose interval contains chance cannot be told from "
-        "guessing."
+        "Through lm-eval. 95&nbsp;% intervals over the items; a score whose interval contains chance cannot be told "
+        "from guessing."
     )
-    return section("Evaluation", lead, body, tag=korean_tag(evidence))
+    return section("Evaluation", lead, body, tag=trained_on_tag(evidence))
