@@ -51,11 +51,19 @@ class _Step(nn.Module):
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
+        trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+        # In a list, so that it is not registered a second time.
+        self.anchor = [min(trained, key=lambda parameter: parameter.numel())] if trained else []
 
     def forward(self, micro_batch: MicroBatch, meta: ForwardMeta, finish: Callable[..., Any]) -> Any:
         """`finish(output, micro_batch)` of the decoder's output."""
         hidden = self.decoder(micro_batch.tokens, meta)
-        return finish(self.decoder.output(hidden), micro_batch)
+        result = finish(self.decoder.output(hidden), micro_batch)
+        if torch.is_grad_enabled() and self.anchor and not result[0].requires_grad:
+            # DropBP dropped every trained branch. The library must run its backward nonetheless, or its accumulation
+            # goes out of step: a gradient of zero does that.
+            result = (result[0] + 0.0 * self.anchor[0].sum(), *result[1:])
+        return result
 
 
 class _ZeroMasters:
@@ -366,7 +374,8 @@ class DeepSpeedEngine(ShardedEngine):
 
 def _register_external(step: _Step) -> None:
     """Names the weights that are used outside the forward of the module that holds them, to the module that does."""
-    for weight in {step.decoder.output_weight(), *(m.weight for m in [step.decoder.embedding] if m is not None)}:
+    embedding = [step.decoder.embedding.weight] if step.decoder.embedding is not None else []
+    for weight in dict.fromkeys([step.decoder.output_weight(), *embedding, *step.anchor]):
         deepspeed.zero.register_external_parameter(step, weight)
     for module in step.modules():
         for child in module.children():

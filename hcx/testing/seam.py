@@ -52,6 +52,8 @@ class SeamCase:
         model: the decoder.
         optim: the optimizer.
         lora: swap the sources of two linears for a frozen base with low-rank updates.
+        lora_stems: which linears.
+        freeze: train nothing but the low-rank updates.
         probe: call `gradients` and `score` on the way; they must change nothing.
     """
 
@@ -59,6 +61,8 @@ class SeamCase:
     model: ModelConfig = field(default_factory=tiny_config)
     optim: OptimConfig = field(default_factory=_optim)
     lora: bool = True
+    lora_stems: tuple[str, ...] = LORA_STEMS
+    freeze: bool = False
     probe: bool = True
 
     def on(self, engine: AnyEngineConfig, **changes: Any) -> SeamCase:
@@ -105,12 +109,17 @@ class SeamWeights(InitWeights):
 
 
 class SwapSources(ModelTransform):
-    """Replaces the sources of `LORA_STEMS` by LoRA over the frozen base."""
+    """Replaces the sources of some linears by LoRA over the frozen base; may freeze all else."""
+
+    def __init__(self, stems: tuple[str, ...], freeze: bool) -> None:
+        self._stems, self._freeze = stems, freeze
 
     def apply(self, chunk: nn.Module, context: TransformContext) -> None:
         """See `ModelTransform.apply`."""
+        if self._freeze:
+            chunk.requires_grad_(False)
         linears = chunk.linears()  # type: ignore[operator]
-        for stem in LORA_STEMS:
+        for stem in self._stems:
             if stem in linears:
                 part = linears[stem]
                 source = LoRASource(part.source, part.blocks, rank=2, alpha=4.0, stems=[stem], seed=5)
@@ -174,7 +183,7 @@ def start(case: SeamCase, seed: int = 3) -> Engine:
         rehearsal.enable()
     transforms: list[ModelTransform] = [FixedDropMask(masks)]
     if case.lora:
-        transforms.insert(0, SwapSources())
+        transforms.insert(0, SwapSources(case.lora_stems, case.freeze))
     return build_engine(case.engine, case.model, case.optim, transforms, SeamWeights(case.model, seed), seed)
 
 

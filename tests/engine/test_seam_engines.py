@@ -171,6 +171,21 @@ def test_activation_checkpointing_changes_nothing(pool: WorkerPool, layout: str)
         assert_same_course(result, undisturbed("llama"))
 
 
+@pytest.mark.parametrize("stems", [seam.LORA_STEMS, seam.LORA_STEMS[1:]], ids=["both-stages", "last-stage-only"])
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_training_only_low_rank_updates_equals_one_process(
+    pool: WorkerPool, layout: str, stems: tuple[str, ...]
+) -> None:
+    case = reference_case("llama-tied", freeze=True, lora_stems=stems)
+    expected = seam.run(case)
+    moved = [name for name, gradient in expected.gradients.items() if gradient.abs().max() > 0]
+    assert sorted(moved) == sorted(f"{stem}.lora_{factor}.weight" for stem in stems for factor in "AB")
+    found = pool.run(seam.run, 2, case.on(TWO_RANKS[layout]))
+    for result in found:
+        assert_same_course(result, expected)
+    assert_same_probe(found, expected)
+
+
 @pytest.mark.parametrize("layout", ["pp2", "tp2", "zero1", "zero3"])
 def test_sgd_with_momentum_equals_one_process(pool: WorkerPool, layout: str) -> None:
     optim = OptimConfig(kind="sgd", lr=0.05, momentum=0.9, weight_decay=0.01)
