@@ -8,7 +8,7 @@ run was interrupted: so runs can be compared sample by sample.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -107,7 +107,7 @@ class PackedLoader:
         dp_size: int = 1,
         first_sample: int = 0,
         threads: int = 1,
-    ) -> Iterator[list[MicroBatch]]:
+    ) -> Generator[list[MicroBatch]]:
         """The micro-batches of steps `start_step` to `stop_step - 1`, in order, prepared ahead by threads.
 
         The number of threads (0: none) changes nothing but the waiting.

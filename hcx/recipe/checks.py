@@ -21,6 +21,14 @@ def _lengths(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     ):
         if value < 1:
             yield f"{key} = {value}: must be at least 1"
+    for key, value in (
+        ("train.validate_every", recipe.train.validate_every),
+        ("train.checkpoint_every", recipe.train.checkpoint_every),
+        ("train.keep_checkpoints", recipe.train.keep_checkpoints),
+        ("data.prefetch", recipe.data.prefetch),
+    ):
+        if value < 0:
+            yield f"{key} = {value}: must not be negative"
 
 
 def _batch_divides(recipe: TrainRecipe, world_size: int) -> Iterator[str]:

@@ -86,6 +86,7 @@ def run_training(
         flops_per_token=training_flops_per_token(recipe.model, recipe.data.seq_len),
         peak_flops=peak_flops(engine.device, dtype) if rank == 0 else 0.0,
         stop=stop,
+        prefetch=recipe.data.prefetch,
     )
     try:
         if reader is not None:

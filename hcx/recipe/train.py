@@ -26,7 +26,7 @@ class DataSection(Config):
     shares: dict[str, float] | None = None
     """Share of the rows by language; what the shards were built with if not given."""
     prefetch: int = 1
-    """Threads that prepare batches; the order does not depend on it."""
+    """Threads that prepare batches ahead, 0 for none; the order does not depend on it."""
 
 
 class ValidationSection(Config):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,10 +55,26 @@ class TrainerConfig(Config):
 class Loader(Protocol):
     """What the trainer needs of a data loader: the samples of a step as a pure function of its number."""
 
-    def step_batch(
-        self, step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
-    ) -> list[MicroBatch]:
-        """The micro-batches of one replica in one step."""
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        *,
+        threads: int,
+    ) -> Generator[list[MicroBatch]]:
+        """The micro-batches of one replica in steps `start_step` to `stop_step - 1`, prepared ahead by threads."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order of the data, and where it stands."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a state was taken; an error if the order would be another."""
         ...
 
 
@@ -108,6 +125,8 @@ class Trainer:
         inputs: what the run was made from, for the manifests.
         flops_per_token: of forward and backward, for `throughput/mfu`.
         peak_flops: of one device; 0: unknown, no `throughput/mfu`.
+        stop: asked before each step; a reason ends the run as resumable.
+        prefetch: threads that prepare batches ahead; 0: none. The order does not depend on it.
     """
 
     def __init__(
@@ -127,12 +146,14 @@ class Trainer:
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
         stop: Callable[[], str | None] | None = None,
+        prefetch: int = 0,
     ) -> None:
         self.config, self.engine, self.loader, self.objective = config, engine, loader, objective
         self.schedule, self.directory = schedule, Path(directory)
         self.validation, self.transforms, self.sinks = tuple(validation), tuple(transforms), tuple(sinks)
         self.callbacks, self.resolved, self.inputs = tuple(callbacks), resolved, tuple(inputs)
         self._flops_per_token, self._peak_flops, self._stop = flops_per_token, peak_flops, stop
+        self._prefetch = prefetch
         self.step = 0
         self.tokens = 0
         self.sources: Counter[str] = Counter()
@@ -147,6 +168,7 @@ class Trainer:
                 f"{reader.directory}: written with train.global_batch = {state.get('global_batch')}, now "
                 f"{self.config.global_batch}; the position in the data would shift: keep the global batch"
             )
+        self.loader.load_state_dict(state.get("loader", {}))
         self.engine.load_slices(reader)
         self.engine.load_scalars(state.get("engine", {}))
         for transform, saved in zip(self.transforms, state.get("transforms", []), strict=False):
@@ -162,8 +184,18 @@ class Trainer:
         start = time.monotonic()
         last: dict[str, float] = {}
         seconds = None if config.max_minutes is None else 60 * config.max_minutes
-        with StopRequest(seconds) as request, Progress("training", config.steps, "steps") as progress:
-            progress.done = self.step
+        place = self.engine.topology
+        steps = self.loader.batches(
+            self.step,
+            config.steps,
+            config.global_batch,
+            config.micro_batch,
+            place.dp_rank,
+            place.dp_size,
+            threads=self._prefetch,
+        )
+        progress = Progress("training", config.steps, "steps", done=self.step)
+        with StopRequest(seconds) as request, progress, closing(steps):
             if self.validation and self.step == 0 and config.validate_every:
                 last = self._validate()
             while self.step < config.steps:
@@ -172,7 +204,7 @@ class Trainer:
                     log.warning("stopping at step %d because of %s; run again to resume", self.step, reason)
                     self._save()
                     return TrainResult(self.step, False, last, self.tokens, time.monotonic() - start)
-                self._train_step()
+                self._train_step(steps)
                 progress.advance()
                 ended = self.step == config.steps
                 if self.validation and (ended or (config.validate_every and self.step % config.validate_every == 0)):
@@ -185,11 +217,10 @@ class Trainer:
             self._save()
         return TrainResult(self.step, True, last, self.tokens, time.monotonic() - start)
 
-    def _train_step(self) -> None:
-        place, config, index = self.engine.topology, self.config, self.step
+    def _train_step(self, steps: Generator[list[MicroBatch]]) -> None:
+        config, index = self.config, self.step
         begun = time.monotonic()
-        batches = self.loader.step_batch(index, config.global_batch, config.micro_batch, place.dp_rank, place.dp_size)
-        batches = [batch.to(self.engine.device) for batch in batches]
+        batches = [batch.to(self.engine.device) for batch in next(steps)]
         for transform in self.transforms:
             transform.before_step(index)
         factor = lr_factor(self.schedule, index, config.steps)
@@ -282,6 +313,7 @@ class Trainer:
             # Sample numbers are consecutive: step t takes [t * G, (t + 1) * G) of the loader's order.
             "samples": [0, self.step * self.config.global_batch],
             "sources": dict(self.sources),
+            "loader": self.loader.state_dict(),
             "transforms": [transform.state_dict() for transform in self.transforms],
         }
         counts = {"tokens": self.tokens, "samples": self.step * self.config.global_batch}

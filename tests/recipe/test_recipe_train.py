@@ -60,6 +60,7 @@ def test_every_shipped_recipe_loads_and_passes_its_checks(name: str) -> None:
         ("data.seq_len=4096", "longer than model.max_seq_len"),
         ("train.steps=10", "warmup_steps = 20"),
         ("train.micro_batch=0", "train.micro_batch = 0: must be at least 1"),
+        ("data.prefetch=-1", "data.prefetch = -1: must not be negative"),
         ("engine={kind: megatron, tensor_parallel: 3}", "tensor_parallel = 3"),
         ("engine={kind: deepspeed}", "optim.kind = muon"),
     ],
@@ -161,6 +162,31 @@ def test_a_run_stopped_by_its_deadline_is_resumable_and_ends_as_if_it_had_not_be
     assert resumed.value.code == 0
     one, two = ((path / "model" / "model.safetensors").read_bytes() for path in (straight, broken))
     assert one == two
+
+
+def test_threads_that_prepare_batches_change_nothing(tmp_path: Path, shards: Path) -> None:
+    models = []
+    for threads in (0, 3):
+        out = tmp_path / f"{threads}"
+        with pytest.raises(SystemExit) as ended:
+            main(["train", DEMO, *_overrides(shards, out, f"data.prefetch={threads}")])
+        assert ended.value.code == 0
+        models.append((out / "model" / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+
+
+def test_a_run_does_not_go_on_with_the_data_in_another_order(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    stop_after = ["train.checkpoint_every=2", "train.steps=4"]
+    with pytest.raises(SystemExit):
+        main(["train", DEMO, *_overrides(shards, out, *stop_after)])
+    for change, named in (("seed=5", "seed was"), ("data.shares={ko: 1}", "shares was")):
+        with pytest.raises(SystemExit) as refused:
+            main(["train", DEMO, *_overrides(shards, out, change)])
+        assert refused.value.code == 2
+        assert named in capsys.readouterr().err
 
 
 def test_a_checkpoint_converts_to_the_model_it_exported(tmp_path: Path, shards: Path) -> None:

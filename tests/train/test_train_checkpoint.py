@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,28 @@ from hcx.train.validation import ValidationSet
 class Rows:
     """A loader of random rows, a function of the step."""
 
-    def step_batch(
-        self, step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
-    ) -> list[MicroBatch]:
-        rows = packed_rows(global_batch, 16, 384, seed=step)
+    def batches(
+        self,
+        start_step: int,
+        stop_step: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        *,
+        threads: int,
+    ) -> Generator[list[MicroBatch]]:
         share = global_batch // dp_size
-        starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
-        return [take_rows(rows, start, start + micro_batch) for start in starts]
+        for step in range(start_step, stop_step):
+            rows = packed_rows(global_batch, 16, 384, seed=step)
+            starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
+            yield [take_rows(rows, start, start + micro_batch) for start in starts]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"sequence": 16}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        assert state == self.state_dict()
 
 
 def _trainer(directory: Path, kind: str, steps: int = 6, stop=None, precision: str = "fp32", **options) -> Trainer:
