@@ -41,7 +41,7 @@ def train(
     texts = read_texts(load_config(DataRecipe, data_path), data_path.parent)
     with new_artifact(out, "tokenizer", config, [artifact_input("text", data_path)]) as artifact:
         tokenizer = train_tokenizer(
-            training_texts(texts, config.max_bytes_per_language), config.vocab_size, config.pattern
+            training_texts(texts, config.max_bytes_per_language), config.vocab_size, config.pattern, config.algorithm
         )
         tokenizer.save(artifact.path)
         artifact.counts.update(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
