@@ -39,6 +39,7 @@ def train(
     from hcx.data.recipe import DataRecipe
     from hcx.tokenizer import train_tokenizer
     from hcx.tokenizer.recipe import TokenizerRecipe
+    from hcx.tokenizer.training import learning_packages
 
     path = recipe_path(recipe)
     config = load_config(TokenizerRecipe, path, overrides or [])
@@ -49,7 +50,9 @@ def train(
             training_texts(texts, config.max_bytes_per_language), config.vocab_size, config.pattern, config.algorithm
         )
         tokenizer.save(artifact.path)
-        artifact.counts.update(vocab_size=tokenizer.vocab_size, digest=tokenizer.digest)
+        artifact.counts.update(
+            vocab_size=tokenizer.vocab_size, digest=tokenizer.digest, learnt_with=learning_packages(config.algorithm)
+        )
     echo(f"{out}: {tokenizer.vocab_size} ids, {tokenizer.digest}")
 
 

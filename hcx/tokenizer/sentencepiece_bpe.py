@@ -48,37 +48,54 @@ def learn(
         raise MissingExtra("sentencepiece", "korean", "algorithm.kind = morpheme-bpe") from None
     if not counts:
         raise DataError("no text to learn a tokenizer from; check the sources of the data recipe")
-    model = io.BytesIO()
-    alphabet = sorted(BYTE_OF)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(counts, alphabet, space_runs),
-            model_writer=model,
-            input_format="tsv",
-            model_type="bpe",
-            vocab_size=1 + len(alphabet) + num_merges,
-            hard_vocab_limit=False,
-            pretokenization_delimiter=DELIMITER,
-            character_coverage=1.0,
-            byte_fallback=False,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_unicode_script=False,
-            split_by_number=False,
-            split_by_whitespace=False,
-            max_sentencepiece_length=max_piece_bytes,
-            max_sentence_length=_LONGEST_PIECE_BYTES,
-            num_threads=_NUM_THREADS,
-            unk_id=0,
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"SentencePiece could not learn from the text: {error}") from None
-    return model.getvalue(), learned_tokens(model.getvalue())
+
+    def train(num_merges: int) -> tuple[bytes, list[str]]:
+        model = io.BytesIO()
+        alphabet = sorted(BYTE_OF)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(counts, alphabet, space_runs),
+                model_writer=model,
+                input_format="tsv",
+                model_type="bpe",
+                vocab_size=1 + len(alphabet) + num_merges,
+                hard_vocab_limit=False,
+                pretokenization_delimiter=DELIMITER,
+                character_coverage=1.0,
+                byte_fallback=False,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                split_by_unicode_script=False,
+                split_by_number=False,
+                split_by_whitespace=False,
+                max_sentencepiece_length=max_piece_bytes,
+                max_sentence_length=_LONGEST_PIECE_BYTES,
+                num_threads=_NUM_THREADS,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"SentencePiece could not learn from the text: {error}") from None
+        return model.getvalue(), learned_tokens(model.getvalue())
+
+    model, tokens = train(num_merges)
+    # When no pair of the text is left, SentencePiece goes on with pairs that occur nowhere.
+    taught = _taught(model, tokens, counts, space_runs)
+    return (model, tokens) if taught == len(tokens) else train(taught)
+
+
+def _taught(model: bytes, tokens: Sequence[str], counts: Mapping[str, int], space_runs: int) -> int:
+    """How many of the tokens, from the first, the text has taught: up to the last that it is written with."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    parts = sorted({part for piece in counts for part in piece.split(DELIMITER)})
+    used = {token for row in processor.encode(parts, out_type=str) for token in row}
+    return max(0, space_runs - 1, *(number for number, token in enumerate(tokens, 1) if token in used))
 
 
 def _sentences(counts: Mapping[str, int], alphabet: Sequence[str], space_runs: int) -> Iterator[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from hcx.errors import ConfigError, did_you_mean
+from hcx.obs import get_logger
 from hcx.tokenizer.alphabet import BYTE_OF
 from hcx.tokenizer.morphemes import Analyser, KiwiAnalyser
 from hcx.tokenizer.patterns import PATTERNS, Pattern
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers.models import Model
 
     from hcx.tokenizer.codec import Tokenizer
+
+_logger = get_logger(__name__)
 
 MIN_VOCAB = -(-(len(SPECIAL_TOKENS) + len(BYTE_OF)) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 """All special tokens and all bytes must fit."""
@@ -59,6 +63,14 @@ def train_tokenizer(
     if isinstance(algorithm, MorphemeBpe):
         return _train_morphemes(texts, vocab_size, PATTERNS[pattern], algorithm, analyser)
     return _train_plain(texts, vocab_size, PATTERNS[pattern])
+
+
+def learning_packages(algorithm: PlainBpe | MorphemeBpe) -> dict[str, str]:
+    """Package -> version of what decides the merges, for the ledger: another version may learn others."""
+    names = ["tokenizers"]
+    if isinstance(algorithm, MorphemeBpe):
+        names = ["sentencepiece"] if algorithm.granularity == "none" else ["sentencepiece", "kiwipiepy"]
+    return {name: version(name) for name in names}
 
 
 def _train_plain(texts: Iterable[str], vocab_size: int, pattern: Pattern) -> Tokenizer:
@@ -116,6 +128,12 @@ def _finish(backend: Backend, vocab_size: int, companions: Mapping[str, bytes] |
     from hcx.tokenizer.codec import Tokenizer
 
     missing = vocab_size - backend.get_vocab_size()
+    if missing:
+        _logger.warning(
+            "the text teaches %d merges less than vocab_size = %d has room for; as many more tokens are spare",
+            missing,
+            vocab_size,
+        )
     numbers = itertools.islice(itertools.count(len(SPECIAL_TOKENS)), missing)
     backend.add_special_tokens([AddedToken(spare(number), special=True, normalized=False) for number in numbers])
     return Tokenizer(

@@ -171,6 +171,16 @@ def test_merges_are_all_splits_of_a_token_in_learned_order_and_overlapping_ones_
     assert merges.index(("ab", "aba")) < merges.index(("aba", "ba"))
 
 
+def test_no_token_is_learnt_that_the_text_does_not_have() -> None:
+    text = "abab cdcd 학교에서"
+    tokenizer = train_tokenizer([text], 1024, algorithm=MorphemeBpe(granularity="none"))
+    special = set(tokenizer.special_tokens.values())
+    learnt = [tokenizer.token_bytes(i) for i in range(1024) if i not in special]
+    assert all(token in text.encode() for token in learnt if len(token) > 1)
+    assert len(tokenizer.encode(text)) == 3
+    assert len(special) > len(SPECIAL_TOKENS)
+
+
 def test_text_without_anything_to_learn_is_refused() -> None:
     with pytest.raises(DataError, match="no text to learn"):
         train_tokenizer([], 1024, algorithm=MorphemeBpe(granularity="none"))
