@@ -91,6 +91,16 @@ def test_no_independent_analyser_is_claimed_where_none_is_installed(monkeypatch)
     assert module.independent_analyser() is None
 
 
+def test_the_independent_analyser_gives_surface_places() -> None:
+    pytest.importorskip("mecab", reason="python-mecab-ko (extra judge) is not installed")
+    analyser = module.independent_analyser()
+    assert analyser is not None
+    line = "\U0001f600 학교에서 먹었다"
+    (found,) = analyser.morphemes([line])
+    edges = [0, *cuts(line, found, "fine"), len(line)]
+    assert [line[a:b] for a, b in itertools.pairwise(edges)] == ["\U0001f600 학교", "에서 먹", "었", "다"]
+
+
 def test_encoding_needs_no_analyser(monkeypatch) -> None:
     tokenizer = train_tokenizer(["학교에서 공부했다. " * 20], 512, algorithm=MorphemeBpe(), analyser=kiwi())
     for name in ("kiwipiepy", "sentencepiece"):

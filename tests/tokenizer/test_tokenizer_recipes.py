@@ -61,9 +61,9 @@ def test_shards_are_built_with_a_morpheme_aware_tokenizer(tmp_path) -> None:
         "recipe.yaml",
     )
     shards = build_shards(recipe, tmp_path / "shards", tmp_path)
-    assert shards.tokenizer().digest == shards.tokenizer_digest
+    assert shards.tokenizer.digest == shards.tokenizer_digest
     assert (tmp_path / "shards" / "tokenizer" / "hcx_bpe.model").is_file()
-    pieces = [shards.tokenizer().token_bytes(i).decode() for i in shards.tokenizer().encode("학교에서")]
+    pieces = [shards.tokenizer.token_bytes(i).decode() for i in shards.tokenizer.encode("학교에서")]
     assert pieces == ["학교", "에서"]
 
 
