@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import echo, print_json, table
 
 
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure side by side on this machine.", no_args_is_help=True)
     bench.callback()(lambda: None)
     bench.command("train")(train)
+    bench.command("tokenizer")(tokenizer)
     app.add_typer(bench, name="bench")
 
 

@@ -136,7 +136,10 @@ def build_shards(recipe: DataRecipe, out: str | Path, folder: str | Path = ".", 
         else:
             _logger.info("training a tokenizer of %d ids", choice.vocab_size)
             tokenizer = train_tokenizer(
-                training_texts(texts, choice.max_bytes_per_language), choice.vocab_size, choice.pattern
+                training_texts(texts, choice.max_bytes_per_language),
+                choice.vocab_size,
+                choice.pattern,
+                choice.algorithm,
             )
         tokenizer.save(artifact.path / TOKENIZER_FOLDER)
         for config in recipe.languages.values():

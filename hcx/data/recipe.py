@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hcx.config import Config
+from hcx.tokenizer.recipe import Algorithm, PlainBpe
 
 
 class EmbeddedSource(Config):
@@ -81,8 +82,10 @@ class TrainedTokenizer(Config):
     kind: Literal["train"] = "train"
     vocab_size: int = 4096
     """Number of ids, special tokens included; a multiple of 128."""
-    pattern: Literal["llama3"] = "llama3"
-    """The pre-split pattern."""
+    pattern: Literal["llama3", "qwen2"] = "llama3"
+    """The pre-split pattern: `llama3` keeps up to three digits together, `qwen2` is the same with every digit alone."""
+    algorithm: Algorithm = PlainBpe()
+    """How merges are learnt."""
     max_bytes_per_language: int = Field(default=20_000_000, gt=0)
     """Learn from at most so many bytes of each language."""
 

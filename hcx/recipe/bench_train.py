@@ -221,7 +221,7 @@ def measure(case: TrainCase, pairs: int, warmup: int = 3) -> TrainRow:
         ratio=statistics.median(ratios),
         ratio_low=low,
         ratio_high=high,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         transformers=transformers_version(),
@@ -235,7 +235,8 @@ def median_interval(values: Sequence[float], resamples: int = 2000, seed: int = 
     return medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system says."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -62,11 +62,16 @@ def render(evidence: Evidence) -> str:
         _limits(evidence),
     ]
     title = " and ".join(escape(directory.resolve().name) for directory in evidence.directories[:3])
+    return page(f"hcx report: {title}", sections)
+
+
+def page(title: str, blocks: Iterable[str]) -> str:
+    """A self-contained page; `title` and `blocks` are HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>hcx report: {title}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
-        "<main>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
+        "<main>\n" + "\n".join(blocks) + "\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer as Backend
 from hcx.artifacts import digest_bytes
 from hcx.errors import DataError
 from hcx.tokenizer import chat
+from hcx.tokenizer.alphabet import BYTE_OF, to_bytes
+from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE
 from hcx.tokenizer.special import ASSISTANT, CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, USER
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -22,17 +24,6 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """Newer Hugging Face directories keep the template in this file rather than in the config."""
 
 _BYTE_FALLBACK = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(256 + n): byte for n, byte in enumerate(b for b in range(256) if b not in set(printable))})
-    return table
-
-
-_BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -45,11 +36,20 @@ class Tokenizer:
         tokenizer_json: the content of `tokenizer.json`.
         config: the content of `tokenizer_config.json`.
         source: where it was read from, for errors.
+        companions: file name -> content of what is kept beside it and never read for encoding: the SentencePiece model
+            that it was made from.
     """
 
-    def __init__(self, tokenizer_json: str, config: Mapping[str, Any], source: str = "tokenizer") -> None:
-        self._json = tokenizer_json
+    def __init__(
+        self,
+        tokenizer_json: str,
+        config: Mapping[str, Any],
+        source: str = "tokenizer",
+        companions: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.tokenizer_json = tokenizer_json
         self._config = dict(config)
+        self.companions: dict[str, bytes] = dict(companions or {})
         try:
             self._backend = Backend.from_str(tokenizer_json)
             # A second codec of the same file: the property below is not safe to flip while other threads encode.
@@ -100,15 +100,19 @@ class Tokenizer:
             config["chat_template"] = template.read_text(encoding="utf-8")
         if config.get("eos_token") is None:
             _eos_from_model(directory, text, config)
-        return cls(text, config, str(directory))
+        beside = directory / SENTENCEPIECE_FILE
+        companions = {SENTENCEPIECE_FILE: beside.read_bytes()} if beside.is_file() else {}
+        return cls(text, config, str(directory), companions)
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.json` (byte for byte what was loaded) and `tokenizer_config.json`."""
+        """Writes `tokenizer.json` (byte for byte what was loaded), `tokenizer_config.json` and the companions."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / TOKENIZER_JSON).write_bytes(self._json.encode())
+        (directory / TOKENIZER_JSON).write_bytes(self.tokenizer_json.encode())
         text = json.dumps(self._config, ensure_ascii=False, indent=1)
         (directory / TOKENIZER_CONFIG).write_bytes((text + "\n").encode())
+        for name, content in self.companions.items():
+            (directory / name).write_bytes(content)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -180,8 +184,8 @@ class Tokenizer:
                 value = b""
             elif token_id in self._added_ids:
                 value = token.encode()
-            elif self._byte_level and all(character in _BYTES for character in token):
-                value = bytes(_BYTES[character] for character in token)
+            elif self._byte_level and all(character in BYTE_OF for character in token):
+                value = to_bytes(token)
             elif match := _BYTE_FALLBACK.match(token):
                 value = bytes([int(match.group(1), 16)])
             else:
@@ -233,7 +237,7 @@ class Tokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        return "ByteLevel" in json.dumps(json.loads(self._json).get("decoder"))
+        return "ByteLevel" in json.dumps(json.loads(self.tokenizer_json).get("decoder"))
 
 
 def _checked(text: str) -> str:

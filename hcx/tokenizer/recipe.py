@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from hcx.config import Config
+
+
+class PlainBpe(Config):
+    """Byte-level BPE, learnt by the `tokenizers` library."""
+
+    kind: Literal["bpe"] = "bpe"
+
+
+class MorphemeBpe(Config):
+    """Byte-level BPE, learnt by SentencePiece inside the pieces that a Korean analyser finds.
+
+    The analyser is asked while learning only; encoding needs the learned merges alone.
+    """
+
+    kind: Literal["morpheme-bpe"] = "morpheme-bpe"
+    granularity: Literal["none", "fine", "coarse"] = "coarse"
+    """`fine`: no merge across any morpheme. `coarse`: a stem and its tail of particles or endings are the pieces.
+    `none`: no analyser; the same trainer without boundaries, for comparisons."""
+    space_runs: int = Field(default=0, ge=0, le=64)
+    """Every run of 2 to this many spaces is one token, for indented code; 0: only the runs that the text teaches."""
+    max_piece_bytes: int = Field(default=64, ge=4)
+    """Longest token, in bytes; a Hangul syllable has three."""
+
+
+Algorithm = Annotated[PlainBpe | MorphemeBpe, Field(discriminator="kind")]
 
 
 class TokenizerRecipe(Config):
@@ -14,8 +39,10 @@ class TokenizerRecipe(Config):
 
     vocab_size: int
     """Number of ids, special tokens included; a multiple of 128."""
-    pattern: Literal["llama3"] = "llama3"
-    """The pre-split pattern."""
+    pattern: Literal["llama3", "qwen2"] = "llama3"
+    """The pre-split pattern: `llama3` keeps up to three digits together, `qwen2` is the same with every digit alone."""
+    algorithm: Algorithm = PlainBpe()
+    """How merges are learnt."""
     data: str
     """A data recipe whose training text it learns from: a path relative to this recipe, or a name such as
     `launch/data/demo.yaml` of a recipe that ships with hcx."""

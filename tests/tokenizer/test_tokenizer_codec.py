@@ -43,7 +43,7 @@ def test_a_batch_is_encoded_as_its_texts_one_by_one(texts: list[str]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_any_ids_decode_to_text_as_the_tokenizers_library_decodes_them(ids: list[int]) -> None:
-    backend = Backend.from_str(TOKENIZER._json)
+    backend = Backend.from_str(TOKENIZER.tokenizer_json)
     assert TOKENIZER.decode(ids, skip_special=True) == backend.decode(ids, skip_special_tokens=True)
 
 
