@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hcx.data.document import Document
-from hcx.data.extract import ExtractedFile, hangul_share, read_package
+from hcx.data.extract import PACKAGE_SOURCES, ExtractedFile, hangul_share, read_package
 from hcx.errors import DataError
 
 FOLDER = Path(__file__).parent / "embedded"
@@ -59,7 +59,8 @@ def shipped_documents(language: str) -> Iterator[Document]:
     if language not in BUDGETS:
         raise DataError(f"embedded text: language {language!r}: valid: {', '.join(sorted(BUDGETS))}")
     for row in _read_rows(f"{language}.jsonl.xz"):
-        yield Document(text=row["text"], source=row["source"], name=row["file"], split=row["split"])
+        licence = PACKAGE_SOURCES[row["source"]].licence
+        yield Document(row["text"], row["source"], row["file"], row["split"], licence)
 
 
 def translation_pairs() -> list[dict[str, str]]:
