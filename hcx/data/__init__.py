@@ -1,9 +1,10 @@
-"""From raw text to packed batches: sources, de-duplication, shards, the loader, held-out accounting.
+"""From raw text to packed batches: sources, filters, shards, the loader, held-out accounting.
 
 Light by design: importing this package loads no tokenizer and no shard.
 """
 
 from hcx.data.batch import MicroBatch
+from hcx.data.fim import FimConfig, infill_prompt
 from hcx.data.loader import PackedLoader
 from hcx.data.recipe import DataRecipe
 from hcx.data.shards import ShardSet
@@ -12,10 +13,12 @@ from hcx.data.validation import bits_per_byte, validation_batches, validation_by
 
 __all__ = [
     "DataRecipe",
+    "FimConfig",
     "MicroBatch",
     "PackedLoader",
     "ShardSet",
     "bits_per_byte",
+    "infill_prompt",
     "translation_pairs",
     "validation_batches",
     "validation_bytes",

@@ -1,113 +1,30 @@
-"""Text to shards: read, filter, divide, de-duplicate, tokenize, write."""
+"""Text to shards: read and clean (`hcx.data.texts`), tokenize, write."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hcx.artifacts import artifact_input, new_artifact
-from hcx.data.dedup import Deduplicator
+from hcx.artifacts import Input, artifact_input, digest_file, digest_json, new_artifact
 from hcx.data.document import Document
-from hcx.data.recipe import DataRecipe, ExistingTokenizer, LanguageConfig
-from hcx.data.shards import SPLITS, TOKENIZER_FOLDER, ShardSet, token_dtype, write_megatron
-from hcx.data.shipped import name_fraction
-from hcx.data.sources import read_source, source_files
+from hcx.data.recipe import CodeSource, DataRecipe, ExistingTokenizer, Source
+from hcx.data.shards import TOKENIZER_FOLDER, ShardSet, token_dtype, write_megatron
+from hcx.data.sources import source_files
+from hcx.data.texts import LanguageText, read_texts, training_texts, utf8_bytes
 from hcx.errors import DataError
 from hcx.obs import Progress, get_logger
 from hcx.tokenizer import Tokenizer, train_tokenizer
 
+__all__ = ["LanguageText", "build_shards", "read_texts", "training_texts", "utf8_bytes"]
+
 _logger = get_logger(__name__)
 _BATCH = 256
 """Documents encoded at once."""
-
-
-@dataclass
-class LanguageText:
-    """What is left of a language's sources, and what was taken out."""
-
-    documents: dict[str, list[Document]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    dropped: dict[str, int] = field(default_factory=lambda: {"short": 0, "duplicate": 0, "over_budget": 0})
-
-
-def read_texts(recipe: DataRecipe, folder: Path) -> dict[str, LanguageText]:
-    """The documents of every language after filtering, division and de-duplication.
-
-    Held-out documents go through the de-duplicator first, over all languages, so that no training document equals a
-    held-out one.
-
-    Args:
-        recipe: what to read.
-        folder: what its relative paths are relative to.
-    """
-    texts = {name: _read_language(config, recipe, folder) for name, config in recipe.languages.items()}
-    deduplicator = Deduplicator()
-    for split in ("validation", "train"):
-        for text in texts.values():
-            before = deduplicator.duplicates
-            text.documents[split] = deduplicator.keep(text.documents[split])
-            text.dropped["duplicate"] += deduplicator.duplicates - before
-    for name, text in texts.items():
-        if not text.documents["train"]:
-            raise DataError(f"languages.{name}: no training document is left; check its sources and filters")
-        for split, documents in text.documents.items():
-            # Mixed once here: the first n of a held-out split are then a fair sample.
-            documents.sort(key=lambda d: name_fraction(f"{recipe.seed}/{split}/{d.source}/{d.name}"))
-    return texts
-
-
-def _read_language(config: LanguageConfig, recipe: DataRecipe, folder: Path) -> LanguageText:
-    text = LanguageText()
-    for source in config.sources:
-        used = dict.fromkeys(SPLITS, 0)
-        limit = float("inf") if source.max_bytes is None else float(source.max_bytes)
-        budget = {"train": limit, "validation": limit * recipe.validation_fraction}
-        for document in read_source(source, folder):
-            if len(document.text) < recipe.min_document_characters or not document.text.strip():
-                text.dropped["short"] += 1
-                continue
-            split = document.split
-            if split is None:
-                held_out = (
-                    name_fraction(f"{recipe.seed}/{document.source}/{document.name}") < recipe.validation_fraction
-                )
-                split = "validation" if held_out else "train"
-            size = utf8_bytes(document)
-            if used[split] + size > budget[split]:
-                text.dropped["over_budget"] += 1
-                continue
-            used[split] += size
-            text.documents[split].append(document)
-    return text
-
-
-def utf8_bytes(document: Document) -> int:
-    """The document's size, which bits per byte divides by.
-
-    Raises:
-        DataError: the text holds a lone surrogate (JSON can write one, UTF-8 cannot).
-    """
-    try:
-        return len(document.text.encode())
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{document.source}: {document.name}: a lone surrogate at character {error.start} is not text; "
-            "mend or drop the document"
-        ) from None
-
-
-def training_texts(texts: dict[str, LanguageText], max_bytes_per_language: int) -> Iterator[str]:
-    """What a tokenizer learns from: training documents, up to a number of UTF-8 bytes of each language."""
-    for text in texts.values():
-        used = 0
-        for document in text.documents["train"]:
-            used += utf8_bytes(document)
-            if used > max_bytes_per_language:
-                break
-            yield document.text
+_MAX_SOURCES = 1 << 16
 
 
 def build_shards(recipe: DataRecipe, out: str | Path, folder: str | Path = ".", overwrite: bool = False) -> ShardSet:
@@ -118,17 +35,17 @@ def build_shards(recipe: DataRecipe, out: str | Path, folder: str | Path = ".", 
     Args:
         recipe: what to build.
         out: the directory to make.
-        folder: what the recipe's relative paths are relative to.
+        folder: where the recipe lies; relative paths are relative to it unless the recipe names a root.
         overwrite: whether to replace an existing directory.
 
     Raises:
         DataError: a source cannot be read, or a language has no text.
         HcxError: `out` exists and `overwrite` is false.
     """
-    folder = Path(folder)
+    beside, folder = Path(folder), recipe.folder(folder)
     with new_artifact(out, "shards", recipe, overwrite=overwrite) as artifact:
         _logger.info("reading text")
-        texts = read_texts(recipe, folder)
+        texts = read_texts(recipe, beside)
         choice = recipe.tokenizer
         if isinstance(choice, ExistingTokenizer):
             tokenizer = Tokenizer.load(folder / choice.path)
@@ -144,7 +61,7 @@ def build_shards(recipe: DataRecipe, out: str | Path, folder: str | Path = ".", 
         tokenizer.save(artifact.path / TOKENIZER_FOLDER)
         for config in recipe.languages.values():
             for source in config.sources:
-                artifact.inputs += [artifact_input("text", path) for path in source_files(source, folder)]
+                artifact.inputs += _inputs(source, folder)
         languages: dict[str, Any] = {}
         total = sum(len(documents) for text in texts.values() for documents in text.documents.values())
         with Progress("tokenizing", total, "documents") as progress:
@@ -153,16 +70,39 @@ def build_shards(recipe: DataRecipe, out: str | Path, folder: str | Path = ".", 
                     split: _write_split(artifact.path / f"{name}-{split}", documents, tokenizer, progress)
                     for split, documents in text.documents.items()
                 }
-                languages[name] = {**counts, "dropped": dict(text.dropped)}
+                languages[name] = {
+                    **counts,
+                    "dropped": dict(text.dropped),
+                    "stages": {stage: counted.to_json() for stage, counted in text.stages.items()},
+                    "contaminated_documents": dict(text.contamination),
+                    "licences": _licences(text),
+                }
         whole = sum(config.share for config in recipe.languages.values())
         artifact.counts.update(
             languages=languages,
             shares={name: config.share / whole for name, config in recipe.languages.items()},
+            evaluation=texts.evaluation,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             tokenizer_digest=tokenizer.digest,
         )
     return ShardSet.open(out)
+
+
+def _inputs(source: Source, folder: Path) -> list[Input]:
+    files = source_files(source, folder)
+    if isinstance(source, CodeSource):
+        # A tree is one input: ten thousand entries would hide the others.
+        root = folder / source.path
+        digest = digest_json({path.relative_to(root).as_posix(): digest_file(path) for path in files})
+        return [Input(role="text", kind="tree", path=str(root), digest=digest)]
+    return [artifact_input("text", path) for path in files]
+
+
+def _licences(text: LanguageText) -> dict[str, int]:
+    """Training documents by licence."""
+    counts = Counter(document.licence or "not stated" for document in text.documents["train"])
+    return dict(sorted(counts.items()))
 
 
 def _write_split(prefix: Path, documents: list[Document], tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
@@ -177,12 +117,29 @@ def _write_split(prefix: Path, documents: list[Document], tokenizer: Tokenizer, 
 
     lengths = write_megatron(prefix, encoded(), token_dtype(tokenizer.vocab_size))
     np.save(f"{prefix}.bytes.npy", sizes, allow_pickle=False)
-    sources: dict[str, int] = {}
-    for document, size in zip(documents, sizes, strict=True):
-        sources[document.source] = sources.get(document.source, 0) + int(size)
+    numbers: dict[tuple[str, float], int] = {}
+    sources = [numbers.setdefault((document.source, document.upsample), len(numbers)) for document in documents]
+    if len(numbers) > _MAX_SOURCES:
+        raise DataError(f"{prefix.name}: {len(numbers)} sources, at most {_MAX_SOURCES} can be told apart")
+    of_source = np.asarray(sources, dtype=np.uint16)
+    np.save(f"{prefix}.sources.npy", of_source, allow_pickle=False)
+    entries = [
+        {
+            "name": name,
+            "upsample": factor,
+            "documents": int((of_source == number).sum()),
+            "tokens": int(lengths[of_source == number].sum()),
+            "bytes": int(sizes[of_source == number].sum()),
+        }
+        for (name, factor), number in numbers.items()
+    ]
+    by_name: Counter[str] = Counter()
+    for entry in entries:
+        by_name[str(entry["name"])] += int(str(entry["bytes"]))
     return {
         "documents": len(documents),
         "tokens": int(lengths.sum()),
         "bytes": int(sizes.sum()),
-        "source_bytes": dict(sorted(sources.items())),
+        "sources": entries,
+        "source_bytes": dict(sorted(by_name.items())),
     }

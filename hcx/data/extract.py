@@ -10,12 +10,10 @@ import gettext
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-
-from hcx.errors import DataError
 
 _BLOCKS = frozenset(
     (
@@ -151,14 +149,18 @@ def homeassistant(root: Path, language: str) -> Iterator[ExtractedFile]:
         yield ExtractedFile(path.parent.parent.name, tuple(leaves(content, "")))
 
 
+def mo_lines(path: Path) -> list[tuple[str, str]]:
+    """(English message, translation) of every entry of a compiled gettext catalogue."""
+    with open(path, "rb") as file:
+        # gettext offers no public way to list a catalogue.
+        catalog: dict[object, str] = vars(gettext.GNUTranslations(file))["_catalog"]
+    return [(key if isinstance(key, str) else "", text) for key, text in catalog.items() if key]
+
+
 def postgresql_messages(root: Path, language: str) -> Iterator[ExtractedFile]:
     """PostgreSQL's message catalogues; keys are the English messages."""
     for path in sorted(root.glob(f"**/usr/share/locale/{language}/LC_MESSAGES/*-[0-9][0-9].mo")):
-        with open(path, "rb") as file:
-            # gettext offers no public way to list a catalogue.
-            catalog: dict[object, str] = vars(gettext.GNUTranslations(file))["_catalog"]
-        lines = [(key if isinstance(key, str) else "", text) for key, text in catalog.items() if key]
-        yield ExtractedFile(path.name, tuple(lines))
+        yield ExtractedFile(path.name, tuple(mo_lines(path)))
 
 
 def tomcat_messages(root: Path, language: str) -> Iterator[ExtractedFile]:
@@ -169,10 +171,11 @@ def tomcat_messages(root: Path, language: str) -> Iterator[ExtractedFile]:
         with zipfile.ZipFile(path) as jar:
             for name in sorted(jar.namelist()):
                 if name.endswith(f"LocalStrings_{language}.properties"):
-                    yield ExtractedFile(name, tuple(_properties(jar.read(name).decode("utf-8"))))
+                    yield ExtractedFile(name, tuple(parse_properties(jar.read(name).decode("utf-8"))))
 
 
-def _properties(content: str) -> Iterator[tuple[str, str]]:
+def parse_properties(content: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of a Java `.properties` file."""
     for line in re.sub(r"\\\r?\n\s*", "", content).splitlines():
         key, separator, value = line.partition("=")
         if separator and not line.startswith("#"):
@@ -205,65 +208,7 @@ def python_docs(root: Path, language: str) -> Iterator[ExtractedFile]:
             yield ExtractedFile(f"{folder}/{file.file}", file.lines)
 
 
-@dataclass(frozen=True)
-class PackageSource:
-    """A package, its licence, and how to get and read it.
-
-    Attributes:
-        packages: what to unpack, by registry and name.
-        read: yields the files of one language below a directory.
-        languages: the languages it holds.
-    """
-
-    title: str
-    packages: str
-    licence: str
-    read: Callable[[Path, str], Iterator[ExtractedFile]]
-    languages: tuple[str, ...]
-
-
-PACKAGE_SOURCES: dict[str, PackageSource] = {
-    "libreoffice-help": PackageSource(
-        "LibreOffice help", "Debian: libreoffice-help-ko libreoffice-help-en-us", "MPL-2.0", libreoffice_help,
-        ("ko", "en"),
-    ),
-    "homeassistant": PackageSource(
-        "Home Assistant translations", "PyPI wheel: homeassistant==2026.11.0", "Apache-2.0", homeassistant,
-        ("ko", "en"),
-    ),
-    "postgresql": PackageSource(
-        "PostgreSQL messages", "Debian: postgresql-15", "PostgreSQL", postgresql_messages, ("ko",)
-    ),
-    "tomcat": PackageSource(
-        "Apache Tomcat messages", "Debian: libtomcat10-java", "Apache-2.0", tomcat_messages, ("ko",)
-    ),
-    "jupyterlab": PackageSource(
-        "JupyterLab language pack", "PyPI wheel: jupyterlab-language-pack-ko-kr==4.5.post3", "BSD-3-Clause",
-        jupyterlab_messages, ("ko",),
-    ),
-    "postgresql-docs": PackageSource(
-        "PostgreSQL manual", "Debian: postgresql-doc-15", "PostgreSQL", postgresql_docs, ("en",)
-    ),
-    "python-docs": PackageSource(
-        "Python manual", "Debian: python3.11-doc", "PSF-2.0", python_docs, ("en",)
-    ),
-}  # fmt: skip
-
-
 def hangul_share(text: str) -> float:
     """Hangul syllables per letter (Latin or Hangul); 0 without letters."""
     letters = len(_LETTER.findall(text))
     return len(_HANGUL.findall(text)) / letters if letters else 0.0
-
-
-def read_package(name: str, root: Path, language: str) -> list[ExtractedFile]:
-    """All files of a package source below a directory.
-
-    Raises:
-        DataError: none were found; the message says what to unpack there.
-    """
-    source = PACKAGE_SOURCES[name]
-    files = list(source.read(root, language))
-    if not files:
-        raise DataError(f"{root}: no {language} text of {name!r} found; unpack into it: {source.packages}")
-    return files

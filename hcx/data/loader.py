@@ -1,23 +1,24 @@
 """Packed batches in an order that depends on nothing but the seed.
 
-Sample i of a run is a pure function of (shards, sequence length, shares, seed, i). Step t of global batch G takes the
-samples [t*G, (t+1)*G) however many data-parallel ranks there are, however many threads prepare them, and wherever a
-run was interrupted: so runs can be compared sample by sample.
+Sample i of a run is a pure function of (shards, sequence length, shares, factors, FIM settings, seed, i). Step t of
+global batch G takes the samples [t*G, (t+1)*G) however many data-parallel ranks there are, however many threads
+prepare them, and wherever a run was interrupted: so runs can be compared sample by sample.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from hcx.data.batch import MicroBatch
-from hcx.data.mixture import Mixture, checked_shares
+from hcx.data.fim import Fim, FimConfig
+from hcx.data.mixture import MAX_UPSAMPLE, Mixture, checked_shares
 from hcx.data.shards import ShardSet
 from hcx.data.stream import LanguageStream, Row, stack_rows
 from hcx.data.validation import validation_batches
-from hcx.errors import ConfigError, DataError
+from hcx.errors import ConfigError, DataError, did_you_mean
 
 
 class PackedLoader:
@@ -29,9 +30,11 @@ class PackedLoader:
         seq_len: tokens per row.
         seed: orders documents and rows.
         shares: language -> share of rows; None: as the data recipe says. Languages left out get nothing.
+        upsample: source -> how often its documents come in an epoch, instead of what the data recipe says.
+        fim: rearranges documents for filling in the middle; None: none.
 
     Raises:
-        ConfigError: shares or sequence length are not possible.
+        ConfigError: shares, factors or the sequence length are not possible, or `fim` does not fit the shards.
         DataError: a language with a share has no tokens.
     """
 
@@ -42,6 +45,8 @@ class PackedLoader:
         seq_len: int = 512,
         seed: int = 0,
         shares: Mapping[str, float] | None = None,
+        upsample: Mapping[str, float] | None = None,
+        fim: FimConfig | None = None,
     ) -> None:
         if seq_len < 1:
             raise ConfigError(f"seq_len = {seq_len}: must be at least 1")
@@ -53,10 +58,19 @@ class PackedLoader:
         """The first sample that no step has taken yet."""
         self._mixture = Mixture(checked_shares(shares, shards.shares))
         self.shares = self._mixture.shares
+        self.fim = fim
+        self.upsample = dict(upsample or {})
         self._streams: dict[str, LanguageStream] = {}
+        if fim is not None:
+            fim.check_languages(shards.languages)
+        rearrange = None if fim is None else Fim(fim, shards.tokenizer)
+        self._check_upsample()
         for language, share in self.shares.items():
             if share > 0:
-                stream = LanguageStream(shards.shard(language, split), language, seq_len, seed, shards.eos_id)
+                factors = shards.factors(language, split, self.upsample)
+                stream = LanguageStream(
+                    shards.shard(language, split), language, seq_len, seed, shards.eos_id, factors, rearrange
+                )
                 if stream.num_tokens == 0:
                     raise DataError(f"{shards.directory}: language {language!r} has no {split} tokens")
                 self._streams[language] = stream
@@ -67,7 +81,7 @@ class PackedLoader:
         sources = []
         for sample in sample_ids:
             language, number = self._mixture.row(sample)
-            rows.append(self._streams[language].row(number))
+            rows.append(self._streams[language].row(number, int(sample)))
             sources.append(language)
         return stack_rows(rows, tuple(int(sample) for sample in sample_ids), tuple(sources))
 
@@ -146,6 +160,25 @@ class PackedLoader:
         begin = first_sample + step * global_batch + dp_rank * per_rank
         return [range(start, start + micro_batch) for start in range(begin, begin + per_rank, micro_batch)]
 
+    def _check_upsample(self) -> None:
+        known = {source for language in self.shards.languages for source in self.shards.sources(language, self.split)}
+        for source, factor in self.upsample.items():
+            if source not in known:
+                raise ConfigError(f"upsample.{source}: no such source in the shards; {did_you_mean(source, known)}")
+            if not 0 < factor <= MAX_UPSAMPLE:
+                raise ConfigError(f"upsample.{source} = {factor}: must be above 0, at most {MAX_UPSAMPLE:g}")
+
+    def draws(self, sample_ids: Iterable[int]) -> dict[str, dict[str, int]]:
+        """Tokens that samples take of each language's sources, as counted in the shards."""
+        taken: dict[str, dict[str, int]] = {}
+        for sample in sample_ids:
+            language, number = self._mixture.row(sample)
+            shard, names = self.shards.shard(language, self.split), self.shards.sources(language, self.split)
+            counts = taken.setdefault(language, dict.fromkeys(names, 0))
+            for document, tokens in self._streams[language].documents(number).items():
+                counts[names[int(shard.sources[document])]] += tokens
+        return taken
+
     def epochs(self, num_samples: int) -> dict[str, float]:
         """How many times each language has been read after so many samples."""
         return {
@@ -167,6 +200,8 @@ class PackedLoader:
             "seq_len": self.seq_len,
             "seed": self.seed,
             "shares": dict(self.shares),
+            "upsample": dict(self.upsample) or None,
+            "fim": None if self.fim is None else self.fim.model_dump(mode="json"),
             "next_sample": self.next_sample,
         }
 

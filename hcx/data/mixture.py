@@ -8,6 +8,8 @@ from hcx.errors import ConfigError, did_you_mean
 
 PERIOD = 1000
 """Rows after which the pattern repeats; shares are met to one in a thousand."""
+MAX_UPSAMPLE = 100.0
+"""More repetitions of one source in one epoch are a mistake in a recipe."""
 
 
 class Mixture:

@@ -2,68 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from hcx.config import Config
+from hcx.data.filters import FiltersConfig, QualityConfig
+from hcx.data.source_config import (
+    CodeSource,
+    DatasetsSource,
+    EmbeddedSource,
+    JsonlSource,
+    MegatronSource,
+    ParquetSource,
+    RowSource,
+    Source,
+    StdlibSource,
+    TableSource,
+    TextSource,
+)
 from hcx.tokenizer.recipe import Algorithm, PlainBpe
 
-
-class EmbeddedSource(Config):
-    """Text that ships with hcx (Korean or English documentation); its split is fixed."""
-
-    kind: Literal["embedded"] = "embedded"
-    language: Literal["ko", "en"]
-    """Which of the shipped texts."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
-
-
-class StdlibSource(Config):
-    """The Python standard library of the interpreter that builds the shards."""
-
-    kind: Literal["stdlib"] = "stdlib"
-    max_bytes: int | None = Field(default=3_000_000, gt=0)
-    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
-
-
-class JsonlSource(Config):
-    """JSON lines, one object per document; `.gz` and `.xz` are unpacked."""
-
-    kind: Literal["jsonl"] = "jsonl"
-    path: str
-    """A file or a glob pattern, relative to the recipe's folder."""
-    field: str = "text"
-    """The key of the text."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
-
-
-class TextSource(Config):
-    """Plain UTF-8 files, one document each."""
-
-    kind: Literal["text"] = "text"
-    path: str
-    """A file or a glob pattern, relative to the recipe's folder."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
-
-
-class MegatronSource(Config):
-    """A Megatron `.bin`/`.idx` pair made elsewhere, decoded to text; then it is treated like any other text."""
-
-    kind: Literal["megatron"] = "megatron"
-    path: str
-    """The pair without its endings, relative to the recipe's folder."""
-    tokenizer: str
-    """The directory of the tokenizer that made it, relative to the recipe's folder."""
-    max_bytes: int | None = Field(default=None, gt=0)
-    """Stop before the training text exceeds this many UTF-8 bytes; null: all."""
-
-
-Source = Annotated[
-    EmbeddedSource | StdlibSource | JsonlSource | TextSource | MegatronSource, Field(discriminator="kind")
+__all__ = [
+    "CodeSource",
+    "DataRecipe",
+    "DatasetsSource",
+    "EmbeddedSource",
+    "ExistingTokenizer",
+    "JsonlSource",
+    "LanguageConfig",
+    "MegatronSource",
+    "ParquetSource",
+    "RowSource",
+    "Source",
+    "StdlibSource",
+    "TableSource",
+    "TextSource",
+    "TrainedTokenizer",
 ]
 
 
@@ -74,6 +50,8 @@ class LanguageConfig(Config):
     """Share of training rows; the shares of all languages are scaled to sum to 1."""
     sources: tuple[Source, ...] = Field(min_length=1)
     """Read in this order; of equal documents the first is kept."""
+    quality: QualityConfig | None = None
+    """Limits beyond which a document is dropped; null: none. Each language has its own, for they differ."""
 
 
 class TrainedTokenizer(Config):
@@ -95,7 +73,7 @@ class ExistingTokenizer(Config):
 
     kind: Literal["directory"] = "directory"
     path: str
-    """A directory with `tokenizer.json`, relative to the recipe's folder."""
+    """A directory with `tokenizer.json`, relative to the recipe's root."""
 
 
 class DataRecipe(Config):
@@ -103,6 +81,11 @@ class DataRecipe(Config):
 
     languages: dict[str, LanguageConfig] = Field(min_length=1)
     """By name; the names appear in metrics (`data/share/ko`)."""
+    root: str | None = None
+    """The directory that paths in the recipe are relative to, itself relative to the working directory; null: the
+    recipe's own folder."""
+    filters: FiltersConfig = FiltersConfig()
+    """What is done to all text, stage by stage; by default exact de-duplication only."""
     tokenizer: Annotated[TrainedTokenizer | ExistingTokenizer, Field(discriminator="kind")] = TrainedTokenizer()
     """Trained on this text, or given."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=0.5)
@@ -111,6 +94,10 @@ class DataRecipe(Config):
     """Shorter documents are dropped."""
     seed: int = 1234
     """Orders the documents in the shards, and names the held-out files."""
+
+    def folder(self, beside: str | Path) -> Path:
+        """What relative paths are relative to, for a recipe that lies in the folder `beside`."""
+        return Path(beside) if self.root is None else Path(self.root)
 
     @model_validator(mode="after")
     def _names_are_plain(self) -> DataRecipe:

@@ -3,13 +3,14 @@
 `LANGUAGE-SPLIT.bin` is all tokens of all documents, one after another; every document ends with the end-of-text
 token. `LANGUAGE-SPLIT.idx` is Megatron-LM's index (megatron/core/datasets/indexed_dataset.py), which its own loader
 reads. `LANGUAGE-SPLIT.bytes.npy` (int64, one per document) is ours: the UTF-8 length of each document, without which
-nobody could state bits per byte.
+nobody could state bits per byte. `LANGUAGE-SPLIT.sources.npy` (uint16, one per document) is ours too: which of the
+sources listed in the manifest each document is from, so that sources can be up-sampled and their draws counted.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,11 +78,13 @@ class Shard:
         tokens: `[tokens]`, memory-mapped.
         lengths: `[documents]` int64, tokens of each document (the final end-of-text included).
         document_bytes: `[documents]` int64, UTF-8 bytes of each document; zeros where unknown.
+        sources: `[documents]` uint16, the number of each document's source; zeros where unknown.
     """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     document_bytes: NDArray[np.int64]
+    sources: NDArray[np.uint16]
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -100,7 +103,7 @@ class Shard:
 
 
 def read_megatron(prefix: Path) -> Shard:
-    """Reads a `.bin`/`.idx` pair (ours or Megatron's), and `.bytes.npy` beside it if it exists.
+    """Reads a `.bin`/`.idx` pair (ours or Megatron's), and `.bytes.npy` and `.sources.npy` beside it if they exist.
 
     Raises:
         DataError: files are missing or damaged.
@@ -138,14 +141,25 @@ def read_megatron(prefix: Path) -> Shard:
     ends = np.concatenate([[0], np.cumsum(sizes)])
     lengths = np.diff(ends[bounds]) if sequences else np.zeros(0, np.int64)
     tokens: NDArray[Any] = np.memmap(tokens_path, dtype=dtype, mode="r") if total else np.zeros(0, dtype)
-    bytes_path = Path(f"{prefix}.bytes.npy")
-    if bytes_path.is_file():
-        document_bytes = np.load(bytes_path, allow_pickle=False)
-    else:
-        document_bytes = np.zeros(len(lengths), np.int64)
-    if len(document_bytes) != len(lengths):
-        raise DataError(f"{bytes_path}: {len(document_bytes)} documents, the index has {len(lengths)}")
-    return Shard(tokens, lengths, document_bytes)
+    return Shard(
+        tokens,
+        lengths,
+        _per_document(prefix, "bytes", np.int64, len(lengths)),
+        _per_document(prefix, "sources", np.uint16, len(lengths)),
+    )
+
+
+def _per_document(prefix: Path, name: str, dtype: type[np.generic], documents: int) -> NDArray[Any]:
+    path = Path(f"{prefix}.{name}.npy")
+    if not path.is_file():
+        return np.zeros(documents, dtype)
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: damaged: {error}; build the shards again") from None
+    if values.shape != (documents,) or values.dtype != dtype:
+        raise DataError(f"{path}: {values.shape} {values.dtype}, the index has {documents} documents")
+    return values
 
 
 class ShardSet:
@@ -192,8 +206,8 @@ class ShardSet:
         """The recipe's shares of training rows; they sum to 1."""
         return dict(self.manifest.counts["shares"])
 
-    def counts(self, language: str) -> dict[str, dict[str, int]]:
-        """Per split: documents, tokens, bytes."""
+    def counts(self, language: str) -> dict[str, dict[str, Any]]:
+        """Per split: documents, tokens, bytes, sources; and what each stage kept and dropped."""
         return self.manifest.counts["languages"][self._known(language)]
 
     def shard(self, language: str, split: str) -> Shard:
@@ -204,6 +218,24 @@ class ShardSet:
         if key not in self._shards:
             self._shards[key] = read_megatron(self.directory / f"{language}-{split}")
         return self._shards[key]
+
+    def sources(self, language: str, split: str) -> tuple[str, ...]:
+        """The names of a split's sources, by number; the language's own name where the shards do not tell."""
+        entries = self.counts(language)[split].get("sources")
+        return tuple(entry["name"] for entry in entries) if entries else (language,)
+
+    def factors(self, language: str, split: str, upsample: Mapping[str, float] | None = None) -> NDArray[np.float64]:
+        """`[documents]`: how often each document comes in an epoch, by the recipe's factors.
+
+        Args:
+            language: which language.
+            split: which split.
+            upsample: source -> factor, instead of the recipe's.
+        """
+        shard = self.shard(language, split)
+        entries = self.counts(language)[split].get("sources") or [{"name": language, "upsample": 1.0}]
+        by_number = [float((upsample or {}).get(entry["name"], entry["upsample"])) for entry in entries]
+        return np.asarray(by_number, dtype=np.float64)[shard.sources]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

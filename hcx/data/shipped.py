@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hcx.data.document import Document
-from hcx.data.extract import ExtractedFile, hangul_share, read_package
+from hcx.data.extract import ExtractedFile, hangul_share
+from hcx.data.packages import PACKAGE_SOURCES, read_package
 from hcx.errors import DataError
 
 FOLDER = Path(__file__).parent / "embedded"
@@ -41,8 +42,10 @@ BUDGETS: dict[str, dict[str, int]] = {
     },
 }
 """At most so many UTF-8 bytes of training text per language and source."""
-CATALOGUES = frozenset({"homeassistant", "postgresql", "tomcat", "jupyterlab"})
-"""Sources of messages rather than pages."""
+CATALOGUES = frozenset(
+    {"homeassistant", "postgresql", "tomcat", "jupyterlab", "libreoffice-ui", "chromium", "firefox", "thunderbird"}
+)
+"""Sources of messages rather than pages; not all of them ship with hcx."""
 HELD_OUT_FRACTION = 0.08
 """Of file names; pairs come from all held-out files, validation text from as many as VALIDATION_SHARE allows."""
 VALIDATION_SHARE = 0.05
@@ -59,7 +62,8 @@ def shipped_documents(language: str) -> Iterator[Document]:
     if language not in BUDGETS:
         raise DataError(f"embedded text: language {language!r}: valid: {', '.join(sorted(BUDGETS))}")
     for row in _read_rows(f"{language}.jsonl.xz"):
-        yield Document(text=row["text"], source=row["source"], name=row["file"], split=row["split"])
+        licence = PACKAGE_SOURCES[row["source"]].licence
+        yield Document(row["text"], row["source"], row["file"], row["split"], licence)
 
 
 def translation_pairs() -> list[dict[str, str]]:
@@ -89,8 +93,8 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _documents(language: str, file: ExtractedFile, catalogue: bool) -> list[str]:
-    """The kept lines of a file, as one or more texts."""
+def file_texts(language: str, file: ExtractedFile, catalogue: bool) -> list[str]:
+    """The kept lines of a file, as one or more texts; in catalogues each line is kept once."""
     texts: list[str] = []
     lines: list[str] = []
     size = 0
@@ -120,7 +124,7 @@ def _select(language: str, source: str, files: list[ExtractedFile]) -> list[dict
     for file in sorted(files, key=lambda file: name_fraction(file.file)):
         split = "validation" if name_fraction(file.file) < HELD_OUT_FRACTION else "train"
         budget = BUDGETS[language][source] * (VALIDATION_SHARE if split == "validation" else 1)
-        texts = _documents(language, file, source in CATALOGUES)
+        texts = file_texts(language, file, source in CATALOGUES)
         size = sum(len(text.encode()) for text in texts)
         total += size
         if used[split] + size <= budget:

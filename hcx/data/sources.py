@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
-import lzma
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, assert_never
+from typing import assert_never
 
+from hcx.data.code import code_files, read_code
+from hcx.data.columns import datasets_rows, parquet_rows
 from hcx.data.document import Document
-from hcx.data.recipe import EmbeddedSource, JsonlSource, MegatronSource, Source, StdlibSource, TextSource
+from hcx.data.files import UNREADABLE, files_of, json_lines, open_text
+from hcx.data.recipe import (
+    CodeSource,
+    DatasetsSource,
+    EmbeddedSource,
+    JsonlSource,
+    MegatronSource,
+    ParquetSource,
+    Source,
+    StdlibSource,
+    TableSource,
+    TextSource,
+)
+from hcx.data.roles import training_role
+from hcx.data.rows import row_documents, table_rows
 from hcx.data.shards import read_megatron
 from hcx.data.shipped import name_fraction, shipped_documents
 from hcx.errors import DataError
@@ -47,7 +60,7 @@ def read_source(source: Source, folder: Path) -> Iterator[Document]:
         folder: what relative paths are relative to.
 
     Raises:
-        DataError: a file is missing, not UTF-8, or not what the kind says.
+        DataError: a file is missing, not UTF-8, not what the kind says, or for evaluation only.
     """
     match source:
         case EmbeddedSource():
@@ -55,22 +68,38 @@ def read_source(source: Source, folder: Path) -> Iterator[Document]:
             documents = iter(sorted(shipped_documents(source.language), key=lambda d: name_fraction(d.name)))
         case StdlibSource():
             documents = _stdlib()
-        case JsonlSource():
-            documents = _jsonl(source, folder)
+        case JsonlSource() | TableSource() | ParquetSource():
+            return _rows(source, folder)
+        case DatasetsSource():
+            for path in source_files(source, folder):
+                training_role(path)
+            rows = datasets_rows(source, folder)
+            return row_documents(source, rows, f"datasets {source.name}: row", source.name.split("/")[-1])
         case TextSource():
             documents = _text(source, folder)
+        case CodeSource():
+            return read_code(source, folder)
         case MegatronSource():
             documents = _megatron(source, folder)
         case _:
             assert_never(source)
-    return documents
+    return (replace(document, upsample=source.upsample) for document in documents)
 
 
 def source_files(source: Source, folder: Path) -> list[Path]:
     """The files on disk that a source reads, for the ledger; none for shipped text and the standard library."""
-    if isinstance(source, MegatronSource):
-        return [folder / f"{source.path}{ending}" for ending in (".bin", ".idx")]
-    return _files(source.path, folder) if isinstance(source, (JsonlSource, TextSource)) else []
+    match source:
+        case MegatronSource():
+            return [folder / f"{source.path}{ending}" for ending in (".bin", ".idx")]
+        case JsonlSource() | TableSource() | ParquetSource() | TextSource():
+            return files_of(source.path, folder)
+        case DatasetsSource():
+            return [path for name in source.data_files for path in files_of(name, folder)]
+        case CodeSource():
+            root = folder / source.path
+            return [root / name for name, _ in sorted(code_files(source, root))]
+        case _:
+            return []
 
 
 def _stdlib() -> Iterator[Document]:
@@ -85,58 +114,32 @@ def _stdlib() -> Iterator[Document]:
     for name in sorted(names, key=lambda name: (name_fraction(name), name)):
         text = (root / name).read_text(encoding="utf-8", errors="replace")
         if len(text) in _STDLIB_SIZES:
-            yield Document(text=text, source="stdlib", name=name)
+            yield Document(text=text, source="stdlib", name=name, licence="PSF-2.0")
 
 
-def _files(pattern: str, folder: Path) -> list[Path]:
-    found = sorted(Path(path) for path in glob.glob(str(folder / pattern), recursive=True) if Path(path).is_file())
-    if not found:
-        raise DataError(f"{folder / pattern}: no such file, and no file matches the pattern")
-    return found
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
-
-
-def _jsonl(source: JsonlSource, folder: Path) -> Iterator[Document]:
-    for path in _files(source.path, folder):
-        number = 0
-        try:
-            with _open(path) as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    row = json.loads(line)
-                    text = row.get(source.field) if isinstance(row, dict) else None
-                    if not isinstance(text, str):
-                        raise DataError(
-                            f"{path}: line {number}: no text under the key {source.field!r}; set the source's `field`"
-                        )
-                    split = row.get("split")
-                    name = row.get("file") if isinstance(row.get("file"), str) else f"{path.name}:{number}"
-                    yield Document(
-                        text=text,
-                        source=str(row.get("source", path.stem)),
-                        name=name,
-                        split=split if split in ("train", "validation") else None,
-                    )
-        except (UnicodeDecodeError, json.JSONDecodeError, OSError, lzma.LZMAError, EOFError) as error:
-            raise DataError(f"{path}: line {number + 1}: not JSON lines in UTF-8: {error}") from None
+def _rows(source: JsonlSource | TableSource | ParquetSource, folder: Path) -> Iterator[Document]:
+    for path in files_of(source.path, folder):
+        role = training_role(path)
+        match source:
+            case JsonlSource():
+                rows = json_lines(path)
+            case TableSource():
+                rows = table_rows(source, path)
+            case ParquetSource():
+                rows = parquet_rows(source, path)
+        unit = "row" if isinstance(source, ParquetSource) else "line"
+        yield from row_documents(source, rows, f"{path}: {unit}", path.name, role)
 
 
 def _text(source: TextSource, folder: Path) -> Iterator[Document]:
-    for path in _files(source.path, folder):
+    for path in files_of(source.path, folder):
+        role = training_role(path)
         try:
-            with _open(path) as file:
+            with open_text(path) as file:
                 text = file.read()
-        except (UnicodeDecodeError, OSError, lzma.LZMAError, EOFError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
-        yield Document(text=text, source=path.stem, name=path.name)
+        yield Document(text, path.stem, path.name, "validation" if role == "dev" else None)
 
 
 def _megatron(source: MegatronSource, folder: Path) -> Iterator[Document]:

@@ -63,7 +63,8 @@ def run_training(
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, (), _weights(recipe), recipe.seed)
-    loader = PackedLoader(shards, "train", recipe.data.seq_len, recipe.seed, recipe.data.shares)
+    data = recipe.data
+    loader = PackedLoader(shards, "train", data.seq_len, recipe.seed, data.shares, data.upsample, data.fim)
     sinks = []
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

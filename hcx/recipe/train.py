@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from hcx.config import Config, load_config
+from hcx.data.fim import FimConfig
 from hcx.engine.config import EngineConfig, TorchEngineConfig
 from hcx.model.config import ModelConfig
 from hcx.obs import TrackingConfig
@@ -25,6 +26,11 @@ class DataSection(Config):
     """Tokens per row."""
     shares: dict[str, float] | None = None
     """Share of the rows by language; what the shards were built with if not given."""
+    upsample: dict[str, float] | None = None
+    """How often the documents of a source come in an epoch, by source; what the shards were built with for the
+    others."""
+    fim: FimConfig | None = None
+    """Rearrange documents so that the model learns to fill in the middle; null: none."""
     prefetch: int = 1
     """Threads that prepare batches ahead, 0 for none; the order does not depend on it."""
 
