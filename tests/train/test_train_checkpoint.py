@@ -118,7 +118,8 @@ def test_a_cut_file_is_named_and_the_earlier_checkpoint_is_taken(tmp_path: Path)
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     _trainer(tmp_path, "sgd", checkpoint_every=1, keep_checkpoints=2).run()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last-good.json", "step-000005", "step-000006"]
 
 
 def test_another_global_batch_is_refused_on_resume(tmp_path: Path) -> None:
