@@ -88,6 +88,8 @@ def _warmup_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 
 def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if recipe.optim.mup is not None and recipe.optim.mup.width != recipe.model.hidden_size:
+        yield f"optim.mup.width = {recipe.optim.mup.width}: must be model.hidden_size = {recipe.model.hidden_size}"
     if recipe.optim.kind == "muon" and recipe.engine.kind != "torch":
         yield (
             f"optim.kind = muon: updates whole matrices, which engine.kind = {recipe.engine.kind} shards; "

@@ -146,7 +146,7 @@ def test_the_first_steps_can_be_gone_back_over_too(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_back_only_so_often(tmp_path: Path) -> None:
-    bad = {sample: math.nan for sample in range(16, 40)}
+    bad = dict.fromkeys(range(16, 40), math.nan)
     trainer = small_trainer(
         tmp_path,
         steps=12,
