@@ -26,6 +26,7 @@ from hcx.testing import seam
 from hcx.testing.runs import small_trainer, weights_of
 from hcx.testing.workers import WorkerPool
 from hcx.train import CheckpointReader, CheckpointSaver, Trainer, find_checkpoint, latest_checkpoint, save_checkpoint
+from hcx.train.writing import snapshot
 
 CALLS = ("open", "write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 """What changes a disk; a kill or an error is put before each of them, in turn."""
@@ -174,7 +175,7 @@ def test_steps_go_on_while_a_thread_writes_and_do_not_change_what_is_written(
         assert gate.wait(20)
         return write_safetensors(*args, **kwargs)
 
-    monkeypatch.setattr("hcx.train.saving.write_safetensors", slow)
+    monkeypatch.setattr("hcx.train.writing.write_safetensors", slow)
     before = weights_of(trained)
     chosen = saver(tmp_path, asynchronous=True)
     assert chosen.begin(2, trained.engine, {}) is None
@@ -191,7 +192,9 @@ def test_steps_go_on_while_a_thread_writes_and_do_not_change_what_is_written(
     trained.engine.edit_masters(list(before), lambda name, master, state: before[name])
 
 
-def test_an_abandoned_save_leaves_nothing_to_select(trained: Trainer, tmp_path: Path) -> None:
+def test_an_abandoned_save_leaves_nothing_to_select(
+    trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = saver(tmp_path, asynchronous=True)
     entered, gate = threading.Event(), threading.Event()
 
@@ -201,19 +204,18 @@ def test_an_abandoned_save_leaves_nothing_to_select(trained: Trainer, tmp_path: 
             assert gate.wait(20)
             return super().__getitem__(name)
 
-    original = chosen._snapshot
-
-    def snapshot(engine: Any) -> Any:
-        tensors, entries = original(engine)
+    def held_snapshot(*args: Any, **kwargs: Any) -> Any:
+        tensors, entries = snapshot(*args, **kwargs)
         return Held(tensors), entries
 
-    chosen._snapshot = snapshot  # type: ignore[method-assign]
+    monkeypatch.setattr("hcx.train.saving.snapshot", held_snapshot)
     chosen.begin(2, trained.engine, {})
     assert entered.wait(20)
     threading.Timer(0.1, gate.set).start()
     chosen.close(abandon=True)
     assert not chosen.in_flight
     assert latest_checkpoint(tmp_path) is None
+    monkeypatch.undo()
     assert save_checkpoint(tmp_path, 2, trained.engine, {}).is_dir()
 
 
