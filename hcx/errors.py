@@ -27,6 +27,10 @@ class CheckpointError(HcxError):
     """A checkpoint or a model directory cannot be read or does not fit."""
 
 
+class TrainingError(HcxError):
+    """A run cannot go on: its steps are bad, and the policy says to end it."""
+
+
 class KernelError(HcxError):
     """No kernel can do what was asked for."""
 

@@ -1,12 +1,23 @@
 """Artifact directories: complete or absent, described by a manifest, linked to their inputs by digest."""
 
 from hcx.artifacts.digest import digest_bytes, digest_file, digest_json
-from hcx.artifacts.manifest import Input, Manifest, artifact_input, is_complete, new_artifact, read_manifest, verify
+from hcx.artifacts.manifest import (
+    Input,
+    Manifest,
+    NewerFormat,
+    artifact_input,
+    is_complete,
+    new_artifact,
+    read_manifest,
+    verify,
+)
 from hcx.artifacts.resources import find_file, find_resource, resource_names
+from hcx.artifacts.tensors import write_safetensors
 
 __all__ = [
     "Input",
     "Manifest",
+    "NewerFormat",
     "artifact_input",
     "digest_bytes",
     "digest_file",
@@ -18,4 +29,5 @@ __all__ = [
     "read_manifest",
     "resource_names",
     "verify",
+    "write_safetensors",
 ]

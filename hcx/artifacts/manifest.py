@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pydantic import Field
 
 import hcx
 from hcx.artifacts.digest import digest_file, digest_json
+from hcx.artifacts.durable import write_atomically
 from hcx.config import Config
 from hcx.errors import HcxError
 
@@ -64,6 +65,8 @@ class Manifest(Config):
     """Every file in the directory: `size_bytes` and `digest`."""
     counts: dict[str, Any] = Field(default_factory=dict)
     """What a reader wants to know at once: tokens, documents, parameters, steps."""
+    seal: str | None = None
+    """Digest of all the rest of this manifest, where damage to the manifest itself must show (checkpoints)."""
 
 
 @cache
@@ -93,6 +96,10 @@ def scrub_secrets(value: Any) -> Any:
     return value
 
 
+class NewerFormat(HcxError):
+    """A whole artifact of a later hcx: nothing is wrong with it, and it must not be passed over or overwritten."""
+
+
 def is_complete(directory: str | Path) -> bool:
     """Whether the directory holds a finished artifact."""
     return (Path(directory) / MANIFEST).is_file()
@@ -111,11 +118,19 @@ def read_manifest(directory: str | Path, kind: str | Iterable[str] | None = None
     if not path.is_file():
         raise HcxError(f"{directory}: no {MANIFEST}: not an hcx artifact, or one whose writing was interrupted")
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        stated = json.loads(text)
+        # Before all else: a newer format may have fields that are unknown here.
+        version = stated.get("format_version") if isinstance(stated, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise NewerFormat(
+                f"{path}: format version {version} is newer than this hcx reads (up to {FORMAT_VERSION}); upgrade hcx"
+            )
+        manifest = Manifest.model_validate_json(text)
     except ValueError as error:
         raise HcxError(f"{path}: damaged manifest: {error}") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise HcxError(f"{path}: format version {manifest.format_version} is newer than this hcx reads; upgrade hcx")
+    if manifest.seal is not None and manifest.seal != _seal(manifest):
+        raise HcxError(f"{path}: damaged manifest: it does not match its own digest")
     wanted = (kind,) if isinstance(kind, str) else tuple(kind or ())
     if wanted and manifest.kind not in wanted:
         raise HcxError(f"{directory}: a {manifest.kind!r} artifact, expected {' or '.join(map(repr, wanted))}")
@@ -150,16 +165,6 @@ def artifact_input(role: str, path: str | Path) -> Input:
     # Made elsewhere (a Hugging Face directory): its identity is that of all its files.
     files = {str(p.relative_to(path)): digest_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
     return Input(role=role, kind="directory", path=str(path), digest=digest_json(files))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class ArtifactWriter:
@@ -216,25 +221,45 @@ def write_manifest(
     config: Config | dict[str, Any] | None,
     inputs: Iterable[Input],
     counts: dict[str, Any],
+    files: Mapping[str, dict[str, Any]] | None = None,
+    sealed: bool = False,
 ) -> Manifest:
-    """Digests every file of the directory and writes its manifest."""
-    plain = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
-    plain = scrub_secrets(plain)
-    files = {
-        str(path.relative_to(directory)): {"size_bytes": path.stat().st_size, "digest": digest_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    """Writes the manifest of a directory, atomically.
+
+    Args:
+        directory: holds the files.
+        kind: of artifact.
+        config: resolved; secrets are removed here.
+        inputs: what it was made from.
+        counts: what a reader wants to know at once.
+        files: name -> `size_bytes` and `digest` where the writer knows them; else every file is digested here.
+        sealed: state the manifest's own digest in it.
+    """
+    stated = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
+    stated = scrub_secrets(stated)
+    if files is None:
+        files = {
+            str(path.relative_to(directory)): {"size_bytes": path.stat().st_size, "digest": digest_file(path)}
+            for path in sorted(directory.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
     manifest = Manifest(
         kind=kind,
         producer=producer(),
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        config=plain,
-        config_digest=digest_json(plain),
+        config=stated,
+        config_digest=digest_json(stated),
         inputs=tuple(inputs),
-        files=files,
+        files=dict(files),
         counts=counts,
     )
-    text = json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=1)
+    if sealed:
+        manifest = manifest.model_copy(update={"seal": _seal(manifest)})
+    plain = manifest.model_dump(mode="json", exclude=None if sealed else {"seal"})
+    text = json.dumps(plain, ensure_ascii=False, indent=1)
     write_atomically(directory / MANIFEST, (text + "\n").encode())
     return manifest
+
+
+def _seal(manifest: Manifest) -> str:
+    return digest_json(manifest.model_dump(mode="json", exclude={"seal"}))

@@ -7,6 +7,7 @@ schedules, anything coarser would hide the step from callbacks.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,10 +50,23 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one data-parallel rank processes in one optimizer step. All micro-batches have one shape."""
+    """What one data-parallel rank processes in one optimizer step. All micro-batches have one shape.
+
+    Attributes:
+        step: number of the step, from 0.
+        micro_batches: this rank's slice of the global batch.
+        max_loss, max_grad_norm: above them (mean loss; norm before clipping) no update is made.
+    """
 
     step: int
     micro_batches: Sequence[MicroBatch]
+    max_loss: float = math.inf
+    max_grad_norm: float = math.inf
+
+    def refuses(self, loss: float, grad_norm: float) -> bool:
+        """Whether no update may be made: a value is not finite or above its limit."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        return not finite or loss > self.max_loss or grad_norm > self.max_grad_norm
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class StepStats:
         weight: the global divisor; `loss_sum / weight` is the loss.
         metrics: the objective's metrics, summed over the global batch.
         grad_norm: global norm before clipping, per clip group in `grad_norms`.
-        skipped: no update was made (total weight 0, or a non-finite gradient norm).
+        skipped: no update was made (total weight 0, or the batch's limits refuse the loss or the norm).
     """
 
     loss_sum: float
@@ -134,6 +148,7 @@ class Engine(abc.ABC):
         by 1/total there; nobody divides later. Each parameter group's learning rate is imposed as
         `base lr * lr_mult * lr_factor`, and its weight decay too, every step: optimizers and loaders lose them.
         A parameter without a gradient counts as zero gradient (`missing_gradients: skip` leaves it untouched).
+        If `batch.refuses` the loss or the norm, nothing is updated, and the optimizer's step count stays.
         """
 
     @abc.abstractmethod
@@ -172,6 +187,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def export_state(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, full fp32 tensor on the CPU) of every parameter, one at a time, on every rank."""
+
+    @abc.abstractmethod
+    def set_rope_theta(self, theta: float) -> None:
+        """Sets the base of the rotary embedding for all later forwards (a stage with another sequence length)."""
 
     def scalars(self) -> dict[str, Any]:
         """JSON-serialisable state beside the slices (optimizer step count)."""

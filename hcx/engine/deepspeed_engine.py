@@ -203,6 +203,7 @@ class DeepSpeedEngine(ShardedEngine):
 
     def _build(self, decoder: Decoder) -> None:
         """Wraps the loaded and transformed decoder, and finds its masters."""
+        self._decoder = decoder
         self._parameters = dict(decoder.named_parameters())
         blocks = decoder.parameter_map()
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
@@ -274,18 +275,24 @@ class DeepSpeedEngine(ShardedEngine):
         impose(self._inner, self._optim, lr_factor)
         sums = self._backward(batch, objective, weight)
         loss_sum = sums.pop(LOSS)
-        if self._stage == 0:
-            norm = self._clip()
-            skipped = not math.isfinite(norm)
-            if skipped:
-                self._forget_gradients()
-            else:
-                self._engine.step()
+        norm = self._clip() if self._stage == 0 else self._sharded_norm()
+        skipped = batch.refuses(loss_sum / weight, norm)
+        if skipped:
+            self._forget_gradients()
         else:
             self._engine.step()
-            norm, skipped = float(self._engine.get_global_grad_norm()), bool(self._engine.optimizer.overflow)
         self._steps += not skipped
         return StepStats(loss_sum, weight, sums, norm, skipped)
+
+    def _sharded_norm(self) -> float:
+        """Stages 1 to 3: the global norm, which the library computes once more when it clips; NaN if not finite."""
+        optimizer = self._engine.optimizer
+        if self._stage < 3:
+            norms = [float(optimizer.scaled_global_norm())]
+        else:
+            norms = [float(norm) for norm in optimizer._get_norm_groups()]
+        # The library marks what is not finite as -1, or as infinite.
+        return math.hypot(*norms) if all(0 <= norm < math.inf for norm in norms) else math.nan
 
     def _global_weight(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> float:
         return global_weight(micro_batches, objective, None, self.device, self.topology.dp_size)
@@ -320,6 +327,10 @@ class DeepSpeedEngine(ShardedEngine):
             if limit > 0 and math.isfinite(norms[name]) and norms[name] > limit:
                 torch._foreach_mul_(found, limit / (norms[name] + 1e-6))
         return math.hypot(*norms.values())
+
+    def set_rope_theta(self, theta: float) -> None:
+        """See `Engine.set_rope_theta`."""
+        self._decoder.set_rope_theta(theta)
 
     @torch.no_grad()
     def score(

@@ -179,12 +179,13 @@ class MegatronEngine(ShardedEngine):
             self._impose_groups(lr_factor)
             loss_sum, metrics = self._backward(batch, objective, weight, force_all_reduce=False)
             self._optimizer.prepare_grads()
-            norm, finite = self._clip()
-            if finite:
+            norm = self._clip()
+            skipped = batch.refuses(loss_sum / weight, norm)
+            if not skipped:
                 self._optimizer.step_with_ready_grads()
                 self._steps += 1
             self._clear_gradients()
-            return StepStats(loss_sum, weight, metrics, norm, skipped=not finite)
+            return StepStats(loss_sum, weight, metrics, norm, skipped)
 
     def _global_weight(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> float:
         group = parallel_state.get_data_parallel_group()
@@ -270,8 +271,8 @@ class MegatronEngine(ShardedEngine):
             sums = box[0]
         return sums.pop(LOSS), sums
 
-    def _clip(self) -> tuple[float, bool]:
-        """Clips each clip group by its own global norm; returns the norm over all of them, and whether it is finite."""
+    def _clip(self) -> float:
+        """Clips each clip group by its own global norm; returns the norm over all of them."""
         members: dict[str, list[nn.Parameter]] = {group.clip_group: [] for group in self._groups}
         for group in self._inner.param_groups:
             members[self._groups[group["hcx_group"]].clip_group] += group["params"]
@@ -293,11 +294,15 @@ class MegatronEngine(ShardedEngine):
         if math.isfinite(total) and self._config.clip_grad_norm > 0:
             for parameters, norm in zip(members.values(), norms, strict=True):
                 clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad_norm, norm)
-        return total, math.isfinite(total)
+        return total
 
     def _clear_gradients(self) -> None:
         self._chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+
+    def set_rope_theta(self, theta: float) -> None:
+        """See `Engine.set_rope_theta`."""
+        self._decoder.set_rope_theta(theta)
 
     def score(
         self, micro_batches: Sequence[MicroBatch], fn: Callable[[ModelOutput, MicroBatch], Tensor]

@@ -130,7 +130,7 @@ class TorchEngine(Engine):
         sums = self._backward(batch, objective, weight)
         loss_sum = sums.pop(LOSS)
         norm = self._clip()
-        if not math.isfinite(norm):
+        if batch.refuses(loss_sum / weight, norm):
             return StepStats(loss_sum, weight, sums, norm, skipped=True)
         self._update(lr_factor)
         self._steps += 1
@@ -286,6 +286,10 @@ class TorchEngine(Engine):
         """See `Engine.export_state`."""
         for name, master in self._masters.items():
             yield name, master.data.detach().cpu().clone()
+
+    def set_rope_theta(self, theta: float) -> None:
+        """See `Engine.set_rope_theta`."""
+        self._decoder.set_rope_theta(theta)
 
     def scalars(self) -> dict[str, Any]:
         """The number of optimizer steps made."""

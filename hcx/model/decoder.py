@@ -194,6 +194,10 @@ class Decoder(nn.Module):
             hidden = hidden + branch
         return hidden if self.norm is None else self.norm(hidden)
 
+    def set_rope_theta(self, theta: float) -> None:
+        """Another base of the rotary embedding from the next forward on; weights stay as they are."""
+        self.config = self.config.model_copy(update={"rope_theta": theta})
+
     def _branch(self, sublayer: Sublayer, hidden: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
         # DropBP (Woo et al. 2024): the forward is always whole; a dropped branch is a constant to the backward. Without
         # a graph nothing of it is stored and nothing is recomputed, so it is never put under checkpointing.

@@ -36,6 +36,14 @@ class Sink(Protocol):
         """Takes the metrics of a step."""
         ...
 
+    def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
+        """Takes something that happened at a step, in JSON values."""
+        ...
+
+    def rewind(self, step: int) -> None:
+        """The run went back to after `step`: later metrics will come again."""
+        ...
+
     def close(self) -> None:
         """Flushes and releases."""
         ...
@@ -44,29 +52,43 @@ class Sink(Protocol):
 class JsonlSink:
     """One JSON object per line: `{"step": .., "time": .., metrics...}`, flushed at once.
 
-    A torn last line (from a kill) is cut off when the file is reopened, and rows beyond `resume_step` are dropped, so a
-    resumed run has one row per step.
+    A torn last line (from a kill) is cut off when the file is reopened, and metrics beyond `resume_step` are dropped,
+    so a resumed run has one row of metrics per step. Events (`{"step": .., "time": .., "event": name, details...}`)
+    stay: they happened, whatever became of the step.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            rows = list(read_jsonl(self.path))
-            kept = [row for row in rows if resume_step is None or row.get("step", 0) <= resume_step]
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            os.replace(temporary, self.path)
+            self._keep(resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
+    def _keep(self, until: int | None) -> None:
+        rows = list(read_jsonl(self.path))
+        kept = [row for row in rows if until is None or "event" in row or row.get("step", 0) <= until]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        os.replace(temporary, self.path)
+
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        for name, value in metrics.items():
+        self._append({"step": step, "time": round(time.time(), 3)}, metrics)
+
+    def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
+        self._append({"step": step, "time": round(time.time(), 3), "event": name}, details)
+
+    def _append(self, row: dict[str, Any], values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
             # JSON has no NaN: keep what happened readable instead of writing an invalid file.
             row[name] = value if not isinstance(value, float) or math.isfinite(value) else str(value)
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        self._keep(step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def close(self) -> None:
         self._file.close()
@@ -104,6 +126,12 @@ class ConsoleSink:
             metrics = {name: metrics[name] for name in CONSOLE if name in metrics}
         log.info("step %d  %s", step, "  ".join(f"{name}={value:.5g}" for name, value in metrics.items()))
 
+    def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
+        log.info("step %d  %s: %s", step, name, "  ".join(f"{key}={value}" for key, value in details.items()))
+
+    def rewind(self, step: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -133,6 +161,14 @@ class WandbSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
+        # Events are the JSONL file's; the mirror has curves.
+        pass
+
+    def rewind(self, step: int) -> None:
+        # wandb takes no step twice: it shows the first values until the run is past where it was.
+        pass
 
     def close(self) -> None:
         self._run.finish()

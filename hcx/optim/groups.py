@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -46,11 +47,20 @@ def parameter_groups(shapes: Mapping[str, tuple[int, ...]], config: OptimConfig)
         if rule is not None and rule.weight_decay is not None:
             decay = rule.weight_decay
         lr_mult = (1.0 if rule is None else rule.lr_mult) * (config.muon_lr_mult if update == "muon" else 1.0)
+        lr_mult *= _width_factor(name, shape, config)
         clip_group = "default" if rule is None else rule.clip_group
         members.setdefault((update, lr_mult, decay, clip_group), []).append(name)
     return [ParameterGroup(tuple(names), *key) for key, names in members.items()]
 
 
+def _width_factor(name: str, shape: tuple[int, ...], config: OptimConfig) -> float:
+    """The learning rate's factor under muP (see `MuP`)."""
+    if config.mup is None or len(shape) < 2:
+        return 1.0
+    factor = config.mup.base_width / config.mup.width
+    return factor if _is_hidden_matrix(name, shape) else math.sqrt(factor)
+
+
 def _is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    # Muon is for matrices between hidden spaces; embeddings and the output map one-hot vectors (Jordan et al. 2024).
+    # Between hidden spaces; embeddings and the output map one-hot vectors (Jordan et al. 2024 for Muon; muP likewise).
     return len(shape) == 2 and "embed_tokens" not in name and not name.startswith("lm_head")

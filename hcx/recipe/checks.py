@@ -25,15 +25,45 @@ def _lengths(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
         ("train.validate_every", recipe.train.validate_every),
         ("train.checkpoint_every", recipe.train.checkpoint_every),
         ("train.keep_checkpoints", recipe.train.keep_checkpoints),
+        ("train.keep_every", recipe.train.keep_every),
         ("data.prefetch", recipe.data.prefetch),
     ):
         if value < 0:
             yield f"{key} = {value}: must not be negative"
+    if not recipe.train.watchdog_s >= 0:
+        yield f"train.watchdog_s = {recipe.train.watchdog_s}: must not be negative; 0 turns it off"
+
+
+def _stages_fit(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if not recipe.train.stages or min(recipe.train.steps, recipe.train.global_batch, recipe.data.seq_len) < 1:
+        return
+    try:
+        plan = recipe.stages
+    except ConfigError as error:
+        yield str(error)
+        return
+    for number, stage in enumerate(plan):
+        key = f"train.stages.{number}"
+        if stage.seq_len > recipe.model.max_seq_len:
+            yield f"{key}.seq_len = {stage.seq_len}: longer than model.max_seq_len = {recipe.model.max_seq_len}"
+        unit = stage.micro_batch * _replicas(recipe, world_size)
+        if stage.micro_batch < 1 or stage.global_batch % unit:
+            yield (
+                f"{key}.seq_len = {stage.seq_len} makes {stage.global_batch} rows per step: must be a multiple of "
+                f"micro_batch x replicas = {stage.micro_batch} x {unit // max(1, stage.micro_batch)}; set "
+                f"{key}.micro_batch, or take a larger train.global_batch"
+            )
+        for problem in violations(recipe.engine, recipe.model, world_size, stage.seq_len):
+            yield f"{key}: {problem}"
+
+
+def _replicas(recipe: TrainRecipe, world_size: int) -> int:
+    layout = recipe.world_size // recipe.data_parallel
+    return recipe.engine.data_parallel or max(1, world_size // layout)
 
 
 def _batch_divides(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
-    layout = recipe.world_size // recipe.data_parallel
-    replicas = recipe.engine.data_parallel or max(1, world_size // layout)
+    replicas = _replicas(recipe, world_size)
     unit = recipe.train.micro_batch * replicas
     if unit > 0 and recipe.train.global_batch % unit:
         nearest = max(1, round(recipe.train.global_batch / unit)) * unit
@@ -58,6 +88,8 @@ def _warmup_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 
 def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if recipe.optim.mup is not None and recipe.optim.mup.width != recipe.model.hidden_size:
+        yield f"optim.mup.width = {recipe.optim.mup.width}: must be model.hidden_size = {recipe.model.hidden_size}"
     if recipe.optim.kind == "muon" and recipe.engine.kind != "torch":
         yield (
             f"optim.kind = muon: updates whole matrices, which engine.kind = {recipe.engine.kind} shards; "
@@ -73,6 +105,7 @@ CHECKS: dict[str, Check] = {
     "lengths are positive": _lengths,
     "the batch divides into micro-batches and replicas": _batch_divides,
     "rows fit the model": _sequence_fits,
+    "stages fit the model and the batch": _stages_fit,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

@@ -39,7 +39,9 @@ def convert_model(source: Path, destination: Path, dtype: torch.dtype, manifest:
     elif is_complete(source) and read_manifest(source).kind == "checkpoint":
         stated = read_manifest(source).config
         reader = CheckpointReader(source)
-        config = ModelConfig.model_validate(stated["model"], strict=False)
+        # Of a run in stages, the base of the rotary embedding is that of the stage it was in.
+        changed = reader.trainer_state.get("model", {})
+        config = ModelConfig.model_validate(stated["model"] | changed, strict=False)
         tensors = ((name, reader.read(name, "master")) for name in reader.names())
         shards = Path(stated.get("data", {}).get("shards", ""))
         tokenizer = shards / TOKENIZER_FOLDER if is_complete(shards) else None

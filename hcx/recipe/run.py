@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,17 @@ from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.train import TrainRecipe
-from hcx.train import CheckpointReader, NextToken, Trainer, TrainResult, latest_checkpoint
+from hcx.train import (
+    CheckpointReader,
+    NextToken,
+    StagedLoader,
+    Trainer,
+    TrainResult,
+    find_checkpoint,
+    latest_checkpoint,
+    open_checkpoint,
+)
+from hcx.train.loader import Loader
 from hcx.train.validation import ValidationSet
 
 log = get_logger(__name__)
@@ -53,18 +64,22 @@ def run_training(
             f"{shards.vocab_size} entries; set model.vocab_size={shards.vocab_size}"
         )
     out = Path(recipe.out)
-    reader = _find_checkpoint(out, resume)
     if recipe.engine.kind == "megatron" and not torch.cuda.is_available():
         log.info("no CUDA device: Megatron-core's CUDA calls are redirected to the CPU (rehearsal)")
         rehearsal.enable()
     init_process_group()
+    reader = _find_checkpoint(out, resume)
     seed_everything(recipe.seed)
     inputs = [artifact_input("shards", recipe.data.shards)]
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, (), _weights(recipe), recipe.seed)
-    data = recipe.data
-    loader = PackedLoader(shards, "train", data.seq_len, recipe.seed, data.shares, data.upsample, data.fim)
+    data, stages = recipe.data, recipe.stages
+    loaders = [
+        PackedLoader(shards, "train", stage.seq_len, recipe.seed, data.shares, data.upsample, data.fim)
+        for stage in stages
+    ]
+    loader: Loader = StagedLoader(stages, loaders) if recipe.train.stages else loaders[0]
     sinks = []
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -84,10 +99,11 @@ def run_training(
         sinks=sinks,
         resolved=recipe,
         inputs=inputs,
-        flops_per_token=training_flops_per_token(recipe.model, recipe.data.seq_len),
+        flops_per_token=partial(training_flops_per_token, recipe.model),
         peak_flops=peak_flops(engine.device, dtype) if rank == 0 else 0.0,
         stop=stop,
         prefetch=recipe.data.prefetch,
+        stages=stages,
     )
     try:
         if reader is not None:
@@ -104,15 +120,14 @@ def run_training(
 
 def _find_checkpoint(out: Path, resume: str) -> CheckpointReader | None:
     if resume not in ("auto", "never"):
-        return CheckpointReader(resume)
-    newest = latest_checkpoint(out / "checkpoints")
-    if newest is None:
-        return None
-    if resume == "never":
+        return open_checkpoint(resume)
+    if resume == "auto":
+        return find_checkpoint(out / "checkpoints")
+    if latest_checkpoint(out / "checkpoints") is not None:
         raise ConfigError(
             f"--resume never, but {out} holds checkpoints; choose another directory (out=DIR) or remove it yourself"
         )
-    return CheckpointReader(newest)
+    return None
 
 
 def _weights(recipe: TrainRecipe) -> WeightsProvider:
@@ -156,7 +171,7 @@ def _export(
     made_from = [artifact_input("checkpoint", final), *inputs]
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
         tokenizer = shards.directory / TOKENIZER_FOLDER
-        export_hf(artifact.path, recipe.model, tensors, tokenizer, DTYPES[recipe.export.dtype])
+        export_hf(artifact.path, recipe.final_model, tensors, tokenizer, DTYPES[recipe.export.dtype])
         artifact.counts = {
             "steps": trainer.step,
             "tokens": trainer.tokens,

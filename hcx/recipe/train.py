@@ -14,7 +14,8 @@ from hcx.engine.config import EngineConfig, TorchEngineConfig
 from hcx.model.config import ModelConfig
 from hcx.obs import TrackingConfig
 from hcx.optim import OptimConfig
-from hcx.train.trainer import TrainerConfig
+from hcx.train.config import TrainerConfig
+from hcx.train.stages import Stage, plan_stages
 
 
 class DataSection(Config):
@@ -92,6 +93,19 @@ class TrainRecipe(Config):
         if self.engine.kind == "megatron":
             return self.engine.tensor_parallel * self.engine.pipeline_parallel * self.data_parallel
         return self.data_parallel
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The run's stages in steps and rows; one if the recipe names none."""
+        train, data = self.train, self.data
+        return plan_stages(
+            train.stages, train.steps, train.global_batch, train.micro_batch, data.seq_len, self.model.rope_theta
+        )
+
+    @property
+    def final_model(self) -> ModelConfig:
+        """The decoder as the last stage leaves it."""
+        return self.model.model_copy(update={"rope_theta": self.stages[-1].rope_theta})
 
 
 def load_train_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:

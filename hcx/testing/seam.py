@@ -23,7 +23,7 @@ from hcx.model.transforms import FixedDropMask, ModelTransform, TransformContext
 from hcx.model.weights import InitWeights
 from hcx.optim import GroupRule, OptimConfig
 from hcx.testing.tiny import tiny_config
-from hcx.train.checkpoint import CheckpointReader, save_checkpoint
+from hcx.train import CheckpointReader, save_checkpoint
 
 STEPS = 5
 EDIT_AFTER = 2

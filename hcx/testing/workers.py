@@ -109,7 +109,7 @@ class WorkerPool:
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with _quiet_main():
+            with quiet_main():
                 process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -142,7 +142,7 @@ def session_pool() -> WorkerPool:
 
 
 @contextlib.contextmanager
-def _quiet_main() -> Any:
+def quiet_main() -> Any:
     """Keeps spawn from importing the test runner's main module into the worker."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)

@@ -1,15 +1,28 @@
 """The training loop, its objectives and callbacks, and checkpoints in one layout for all engines."""
 
-from hcx.train.checkpoint import CheckpointReader, latest_checkpoint, save_checkpoint
+from hcx.train.checkpoint import CheckpointReader, find_checkpoint, latest_checkpoint, open_checkpoint
+from hcx.train.config import TrainerConfig
+from hcx.train.ledger import read_ledger
 from hcx.train.objectives import NextToken
-from hcx.train.trainer import Trainer, TrainerConfig, TrainResult
+from hcx.train.resilience import ResilienceConfig
+from hcx.train.saving import CheckpointSaver, save_checkpoint
+from hcx.train.stages import StageConfig, StagedLoader, plan_stages
+from hcx.train.trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointReader",
+    "CheckpointSaver",
     "NextToken",
+    "ResilienceConfig",
+    "StageConfig",
+    "StagedLoader",
     "TrainResult",
     "Trainer",
     "TrainerConfig",
+    "find_checkpoint",
     "latest_checkpoint",
+    "open_checkpoint",
+    "plan_stages",
+    "read_ledger",
     "save_checkpoint",
 ]

@@ -1,39 +1,35 @@
 """Checkpoints in the canonical layout: slices of canonical tensors, whatever engine and layout wrote them.
 
+    last-good.json              which checkpoint to go on from
     step-000100/
       state-00000.safetensors ...   one per rank that holds state: flat fp32 slices
       index.json                    canonical name -> key -> shape and slices (file, entry, offset, shape, flat range)
-      trainer.json                  step, tokens, engine scalars, transforms, sample range
-      manifest.json                 written last; a directory without one is never selected
+      trainer.json                  step, tokens, engine scalars, transforms, position in the data, left-out steps
+      manifest.json                 written last, sealed; a directory without one is never selected
 
 Any engine at any world size reads full tensors from it (`CheckpointReader`); nothing is ever unpickled.
 torch's distributed checkpointing is not used: its safetensors storage holds whole tensors only, and its own format
-keeps metadata as a pickle.
+keeps metadata as a pickle. Writing is in `hcx.train.saving`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hcx.artifacts import Input, is_complete, read_manifest
-from hcx.artifacts.manifest import write_manifest
-from hcx.config import Config
+from hcx.artifacts import NewerFormat, digest_file, is_complete, read_manifest
 from hcx.dist import process_environment
-from hcx.engine.base import Engine
 from hcx.errors import CheckpointError, HcxError
 from hcx.obs import get_logger
+from hcx.train.retention import last_good
 
 log = get_logger(__name__)
 
@@ -42,110 +38,58 @@ TRAINER = "trainer.json"
 _STEP = re.compile(r"^step-(\d+)$")
 
 
-def save_checkpoint(
-    directory: str | Path,
-    step: int,
-    engine: Engine,
-    trainer_state: Mapping[str, Any],
-    config: Config | Mapping[str, Any] | None = None,
-    inputs: Iterable[Input] = (),
-    counts: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes `directory/step-NNNNNN`; collective. A kill at any moment leaves the earlier checkpoints whole.
-
-    Args:
-        directory: holds the run's checkpoints, on a file system that all ranks share.
-        step: optimizer steps done.
-        engine: whose state is written.
-        trainer_state: JSON-serialisable.
-        config, inputs, counts: for the manifest.
-    """
-    directory = Path(directory)
-    final = directory / f"step-{step:06d}"
-    partial = directory / f".{final.name}.partial"
-    rank, world_size, _ = process_environment()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier(world_size)
-    entries = _write_rank(partial, rank, engine)
-    gathered: list[list[dict[str, Any]]] = [entries]
-    if world_size > 1:
-        gathered = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(gathered, entries)
-    scalars = engine.scalars()
-    if rank == 0:
-        index: dict[str, dict[str, dict[str, Any]]] = {}
-        for entry in (entry for part in gathered for entry in part):
-            name, key, shape = entry.pop("name"), entry.pop("key"), entry.pop("global_shape")
-            index.setdefault(name, {}).setdefault(key, {"shape": shape, "slices": []})["slices"].append(entry)
-        (partial / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-        state = {**trainer_state, "step": step, "engine": scalars}
-        (partial / TRAINER).write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
-        write_manifest(
-            partial,
-            "checkpoint",
-            config if isinstance(config, Config) else dict(config or {}),
-            inputs,
-            {"step": step, **(counts or {})},
-        )
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    _barrier(world_size)
-    return final
-
-
-def _write_rank(partial: Path, rank: int, engine: Engine) -> list[dict[str, Any]]:
-    file = f"state-{rank:05d}.safetensors"
-    tensors: dict[str, Tensor] = {}
-    entries = []
-    for piece in engine.state_slices():
-        entry = f"{piece.name}|{piece.key}|{len(tensors)}"
-        tensors[entry] = piece.tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
-        entries.append(
-            {
-                "name": piece.name,
-                "key": piece.key,
-                "global_shape": list(piece.global_shape),
-                "file": file,
-                "entry": entry,
-                "offset": list(piece.offset),
-                "shape": list(piece.shape),
-                "flat_range": None if piece.flat_range is None else list(piece.flat_range),
-            }
-        )
-    if tensors:
-        save_file(tensors, partial / file)
-    return entries
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        torch.distributed.barrier()
-
-
 class CheckpointReader:
     """Full canonical tensors of a checkpoint (`StateReader`).
 
+    Sizes of all files and the digests of the JSON files are checked always.
+
+    Args:
+        directory: `.../step-NNNNNN`.
+        digests: check the digests of the tensor files too, which reads them once.
+
     Raises:
-        CheckpointError: the directory is not a complete checkpoint, or a file is damaged.
+        CheckpointError: the directory is not a complete checkpoint, or a file is damaged; the file is named.
+        NewerFormat: a later hcx wrote it.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, digests: bool = False) -> None:
         self.directory = Path(directory)
         try:
             self.manifest = read_manifest(self.directory, "checkpoint")
-            self._index = json.loads((self.directory / INDEX).read_text(encoding="utf-8"))
-            self.trainer_state: dict[str, Any] = json.loads((self.directory / TRAINER).read_text(encoding="utf-8"))
+        except NewerFormat:
+            raise
         except HcxError as error:
             raise CheckpointError(str(error)) from None
+        for name in self.manifest.files:
+            self._check(name, digest=digests or name.endswith(".json"))
+        try:
+            self._index = json.loads((self.directory / INDEX).read_text(encoding="utf-8"))
+            self.trainer_state: dict[str, Any] = json.loads((self.directory / TRAINER).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.directory}: damaged checkpoint ({error})") from None
-        for name, entry in self.manifest.files.items():
-            path = self.directory / name
-            if not path.is_file() or path.stat().st_size != entry["size_bytes"]:
-                raise CheckpointError(f"{path}: missing or cut short; resume from an earlier checkpoint")
         self._files: dict[str, Any] = {}
+
+    def _check(self, name: str, digest: bool) -> None:
+        path, entry = self.directory / name, self.manifest.files[name]
+        try:
+            whole = path.is_file() and path.stat().st_size == entry["size_bytes"]
+            if whole and digest and digest_file(path) != entry["digest"]:
+                raise CheckpointError(
+                    f"{path}: does not match its digest, so it is damaged; resume from an earlier checkpoint"
+                )
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        if not whole:
+            raise CheckpointError(f"{path}: missing or cut short; resume from an earlier checkpoint")
+
+    def verify(self, share: int = 0, of: int = 1) -> None:
+        """Checks the digests of every `of`-th file, beginning with number `share`, so that ranks can share the work.
+
+        Raises:
+            CheckpointError: naming the damaged file.
+        """
+        for name in sorted(self.manifest.files)[share::of]:
+            self._check(name, digest=True)
 
     @property
     def step(self) -> int:
@@ -203,9 +147,23 @@ def checkpoints(directory: str | Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for step, path in found if is_complete(path))
 
 
+def _candidates(directory: str | Path, up_to: int | None) -> Iterator[Path]:
+    """The last good checkpoint, then the others, newest first."""
+    found = [path for step, path in reversed(checkpoints(directory)) if up_to is None or step <= up_to]
+    pointed = last_good(directory)
+    if pointed in found:
+        found.remove(pointed)
+        yield pointed
+    yield from found
+
+
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint that can be read, or None; damaged ones are passed over with a warning."""
-    for _, path in reversed(checkpoints(directory)):
+    """The last good checkpoint, else the newest that can be read, or None; damaged ones are passed over, named.
+
+    Raises:
+        NewerFormat: a later hcx wrote it; passing over it would lose what it holds.
+    """
+    for path in _candidates(directory, None):
         try:
             CheckpointReader(path)
         except CheckpointError as error:
@@ -215,8 +173,51 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(directory: str | Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints; the manifest goes first, so a half-removed one is never chosen."""
-    for _, path in checkpoints(directory)[:-keep] if keep > 0 else []:
-        (path / "manifest.json").unlink()
-        shutil.rmtree(path)
+def find_checkpoint(directory: str | Path, up_to: int | None = None) -> CheckpointReader | None:
+    """The checkpoint to go on from, every digest checked; collective: ranks share the checking and agree.
+
+    Args:
+        directory: holds the run's checkpoints.
+        up_to: only those of this step or earlier.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+        NewerFormat: a later hcx wrote the checkpoint.
+    """
+    damaged = []
+    for path in _candidates(directory, up_to):
+        try:
+            return open_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("passing over a checkpoint: %s", error)
+            damaged.append(str(error))
+    if damaged:
+        listed = "\n  ".join(damaged)
+        raise CheckpointError(
+            f"{directory}: no checkpoint is whole:\n  {listed}\n"
+            "bring a whole copy back, or start anew in another directory (out=DIR)"
+        )
+    return None
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """A reader after every digest was checked; collective, and an error of any rank is everyone's.
+
+    Raises:
+        CheckpointError: naming the damaged file.
+        NewerFormat: a later hcx wrote it.
+    """
+    rank, world_size, _ = process_environment()
+    problem: str | None = None
+    try:
+        reader = CheckpointReader(path)
+        reader.verify(rank, world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    if world_size > 1:
+        problems: list[str | None] = [None] * world_size
+        torch.distributed.all_gather_object(problems, problem)
+        problem = next((found for found in problems if found is not None), None)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return reader

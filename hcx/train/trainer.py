@@ -1,17 +1,18 @@
-"""The training loop. It owns schedule, token count, callbacks, loader position, checkpoints and events.
+"""The training loop. It owns schedule, token count, callbacks, loader position, checkpoints, events and the ledger.
 
 It never asks which engine it has: a step is `engine.train_step` on this replica's slice of the global batch.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed
@@ -20,62 +21,25 @@ from hcx.artifacts import Input
 from hcx.config import Config
 from hcx.data.batch import MicroBatch
 from hcx.engine.base import Engine, Objective, StepBatch, StepStats
-from hcx.errors import CheckpointError
+from hcx.errors import CheckpointError, TrainingError
 from hcx.model.transforms import ModelTransform
 from hcx.obs import Progress, Sink, get_logger
 from hcx.optim import Schedule, lr_factor
-from hcx.train.checkpoint import CheckpointReader, remove_old_checkpoints, save_checkpoint
+from hcx.train.checkpoint import CheckpointReader, find_checkpoint
+from hcx.train.config import TrainerConfig
+from hcx.train.ledger import Ledger, as_ranges
+from hcx.train.loader import Loader
+from hcx.train.resilience import Action, StepWatch, Verdict
+from hcx.train.saving import CheckpointSaver, SaveOutcome
 from hcx.train.signals import StopRequest
+from hcx.train.stages import Stage, stage_at
 from hcx.train.validation import ValidationSet, bits_per_byte
+from hcx.train.watchdog import Watchdog
 
 log = get_logger(__name__)
 
-
-class TrainerConfig(Config):
-    """Length of a run, batch, validation and checkpoints."""
-
-    steps: int
-    """Optimizer steps of the whole run."""
-    global_batch: int
-    """Rows (samples of `seq_len` tokens) per optimizer step, over all replicas."""
-    micro_batch: int
-    """Rows per forward."""
-    validate_every: int = 100
-    """Steps between validations; 0: at the end only."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: at the end only."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep; 0 keeps all."""
-    max_minutes: float | None = None
-    """Save and stop as resumable after this time."""
-    max_skipped_steps: int = 20
-    """Consecutive steps with a non-finite gradient after which the run stops."""
-
-
-class Loader(Protocol):
-    """What the trainer needs of a data loader: the samples of a step as a pure function of its number."""
-
-    def batches(
-        self,
-        start_step: int,
-        stop_step: int,
-        global_batch: int,
-        micro_batch: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        *,
-        threads: int,
-    ) -> Generator[list[MicroBatch]]:
-        """The micro-batches of one replica in steps `start_step` to `stop_step - 1`, prepared ahead by threads."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What decides the order of the data, and where it stands."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where a state was taken; an error if the order would be another."""
-        ...
+CHECKPOINTS = "checkpoints"
+STALLS = "stalls"
 
 
 class Callback:
@@ -107,6 +71,23 @@ class TrainResult:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Global:
+    """What a step took from all replicas.
+
+    Attributes:
+        sources: rows of each source.
+        samples: numbers of the samples, in order of the replicas.
+        rows: how many.
+        action: the greatest that any rank wants.
+    """
+
+    sources: Counter[str]
+    samples: tuple[int, ...]
+    rows: int
+    action: Action
+
+
 class Trainer:
     """Runs the loop.
 
@@ -116,17 +97,18 @@ class Trainer:
         loader: makes the batches.
         objective: the loss.
         schedule: of the learning rate.
-        directory: receives `checkpoints/`.
+        directory: receives `checkpoints/`, `ledger/` and, if a rank hangs, `stalls/`.
         validation: held-out text per language.
         transforms: methods that hook into training.
         sinks: where metrics go; given on rank 0 only.
         callbacks: observers.
         resolved: the run's configuration, for the manifests.
         inputs: what the run was made from, for the manifests.
-        flops_per_token: of forward and backward, for `throughput/mfu`.
+        flops_per_token: sequence length -> FLOPs of forward and backward, for `throughput/mfu`.
         peak_flops: of one device; 0: unknown, no `throughput/mfu`.
         stop: asked before each step; a reason ends the run as resumable.
         prefetch: threads that prepare batches ahead; 0: none. The order does not depend on it.
+        stages: the plan that `loader` follows, where the sequence length changes on the way.
     """
 
     def __init__(
@@ -143,25 +125,40 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         resolved: Config | None = None,
         inputs: Iterable[Input] = (),
-        flops_per_token: float = 0.0,
+        flops_per_token: Callable[[int], float] | None = None,
         peak_flops: float = 0.0,
         stop: Callable[[], str | None] | None = None,
         prefetch: int = 0,
+        stages: Sequence[Stage] = (),
     ) -> None:
         self.config, self.engine, self.loader, self.objective = config, engine, loader, objective
         self.schedule, self.directory = schedule, Path(directory)
         self.validation, self.transforms, self.sinks = tuple(validation), tuple(transforms), tuple(sinks)
         self.callbacks, self.resolved, self.inputs = tuple(callbacks), resolved, tuple(inputs)
         self._flops_per_token, self._peak_flops, self._stop = flops_per_token, peak_flops, stop
-        self._prefetch = prefetch
+        self._prefetch, self._stages = prefetch, tuple(stages)
+        self._stage = stage_at(self._stages, 0) if self._stages else None
         self.step = 0
         self.tokens = 0
+        self.samples = 0
         self.sources: Counter[str] = Counter()
-        self._skipped_in_a_row = 0
-        self._saved_step = -1
+        rank = engine.topology.rank
+        self._watch = StepWatch(config.resilience, config.max_skipped_steps)
+        self._watchdog = Watchdog(config.watchdog_s, rank, self.directory / STALLS)
+        self._ledger = Ledger(self.directory) if rank == 0 else None
+        self._saver = CheckpointSaver(
+            self.directory / CHECKPOINTS,
+            config.checkpoint_async,
+            config.keep_checkpoints,
+            config.keep_every,
+            self._ledger,
+            self._watchdog.beat,
+        )
+        self._begun_save = self._saved_step = -1
+        self._save_s = 0.0
 
     def resume(self, reader: CheckpointReader) -> None:
-        """Continues after a checkpoint: masters, optimizer state, position in the data, transforms."""
+        """Continues after a checkpoint: masters, optimizer state, position in the data, transforms, judgement."""
         state = reader.trainer_state
         if state.get("global_batch") != self.config.global_batch:
             raise CheckpointError(
@@ -174,18 +171,73 @@ class Trainer:
         for transform, saved in zip(self.transforms, state.get("transforms", []), strict=False):
             transform.load_state_dict(saved)
         self.step, self.tokens = int(state["step"]), int(state.get("tokens", 0))
+        self.samples = int(state.get("rows", self.step * self.config.global_batch))
         self.sources = Counter(state.get("sources", {}))
-        self._saved_step = self.step
+        self._watch.load_state_dict(state.get("watch", {}))
+        if self._ledger is not None:
+            self._ledger.restore(state.get("ledger"))
+        if self._stages:
+            # A switch that lies right here is still to come: it belongs to the next step.
+            self._stage = stage_at(self._stages, max(0, self.step - 1))
+        self._begun_save = self._saved_step = self.step
         log.info("resumed from %s at step %d", reader.directory, self.step)
 
     def run(self) -> TrainResult:
-        """Trains to the last step, a signal or the deadline."""
+        """Trains to the last step, a signal or the deadline.
+
+        Raises:
+            TrainingError: bad steps, and the policy says to end the run; the state before them is saved.
+            CheckpointError: a checkpoint that must be written cannot be.
+        """
+        config = self.config
+        seconds = None if config.max_minutes is None else 60 * config.max_minutes
+        progress = Progress("training", config.steps, "steps", done=self.step)
+        with self._watchdog, StopRequest(seconds) as request, progress:
+            try:
+                return self._run(request, progress)
+            except BaseException as error:
+                self._saver.close(abandon=isinstance(error, KeyboardInterrupt))
+                raise
+
+    def _run(self, request: StopRequest, progress: Progress) -> TrainResult:
         config = self.config
         start = time.monotonic()
         last: dict[str, float] = {}
-        seconds = None if config.max_minutes is None else 60 * config.max_minutes
-        place = self.engine.topology
-        steps = self.loader.batches(
+        if self._stage is not None:
+            self.engine.set_rope_theta(self._stage.rope_theta)
+        if self.validation and self.step == 0 and config.validate_every:
+            last = self._validate()
+        if config.resilience.rewinds and self._saved_step < 0 and self.step < config.steps:
+            self._save()  # something to go back to
+        while self.step < config.steps:
+            rewound = False
+            with closing(self._batches()) as steps:
+                while self.step < config.steps and not rewound:
+                    reason = self._agree(request.reason or (self._stop() if self._stop else None))
+                    if reason is not None:
+                        log.warning("stopping at step %d because of %s; run again to resume", self.step, reason)
+                        self._save_for_good()
+                        return TrainResult(self.step, False, last, self.tokens, time.monotonic() - start)
+                    rewound = self._train_step(steps)
+                    progress.done = self.step - 1
+                    progress.advance()
+                    if rewound:
+                        continue
+                    ended = self.step == config.steps
+                    if self.validation and (
+                        ended or (config.validate_every and self.step % config.validate_every == 0)
+                    ):
+                        last = self._validate()
+                    if not ended and config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                        self._save()
+        for transform in self.transforms:
+            transform.finalize(self.engine)
+        self._save_for_good()
+        return TrainResult(self.step, True, last, self.tokens, time.monotonic() - start)
+
+    def _batches(self) -> Generator[list[MicroBatch]]:
+        config, place = self.config, self.engine.topology
+        return self.loader.batches(
             self.step,
             config.steps,
             config.global_batch,
@@ -194,61 +246,139 @@ class Trainer:
             place.dp_size,
             threads=self._prefetch,
         )
-        progress = Progress("training", config.steps, "steps", done=self.step)
-        with StopRequest(seconds) as request, progress, closing(steps):
-            if self.validation and self.step == 0 and config.validate_every:
-                last = self._validate()
-            while self.step < config.steps:
-                reason = self._agree(request.reason or (self._stop() if self._stop else None))
-                if reason is not None:
-                    log.warning("stopping at step %d because of %s; run again to resume", self.step, reason)
-                    self._save()
-                    return TrainResult(self.step, False, last, self.tokens, time.monotonic() - start)
-                self._train_step(steps)
-                progress.advance()
-                ended = self.step == config.steps
-                if self.validation and (ended or (config.validate_every and self.step % config.validate_every == 0)):
-                    last = self._validate()
-                if not ended and config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                    self._save()
-            for transform in self.transforms:
-                transform.finalize(self.engine)
-        if self._saved_step != self.step:
-            self._save()
-        return TrainResult(self.step, True, last, self.tokens, time.monotonic() - start)
 
-    def _train_step(self, steps: Generator[list[MicroBatch]]) -> None:
+    def _train_step(self, steps: Generator[list[MicroBatch]]) -> bool:
+        """One step; True if the run went back instead."""
         config, index = self.config, self.step
         begun = time.monotonic()
+        before = self.loader.state_dict()
+        self._watchdog.beat(f"reading the data of step {index + 1}")
         batches = [batch.to(self.engine.device) for batch in next(steps)]
+        self._switch_stage(index)
+        if index in self._watch.left_out:
+            self._leave_out(batches)
+            return False
+        self._watchdog.beat(f"in step {index + 1}")
         for transform in self.transforms:
             transform.before_step(index)
         factor = lr_factor(self.schedule, index, config.steps)
-        stats = self.engine.train_step(StepBatch(index, batches), self.objective, factor)
+        limits, refused = self._watch.limits(), self._watch.engine_limits()
+        stats = self.engine.train_step(StepBatch(index, batches, *refused), self.objective, factor)
+        verdict = self._watch.judge(stats, limits)
+        whole = self._exchange(batches, verdict.action)
+        if verdict.action < whole.action:
+            verdict = Verdict(whole.action, "another rank's judgement")
+        if verdict.action is not Action.ACCEPT:
+            self._report(verdict, stats, whole)
+        if verdict.action is Action.ABORT:
+            self._abort(verdict, before)
+        if verdict.action is Action.REWIND:
+            self._rewind(verdict)
+            return True
         extra: dict[str, float] = {}
         for transform in self.transforms:
             extra.update(transform.after_step(index, self.engine))
-        self.step += 1
-        self.tokens += round(stats.weight)
-        self._watch(stats)
-        self.sources.update(self._count_sources(batches))
+        self._advance(whole, stats, verdict.reason if stats.skipped else None)
         if self.sinks or self.callbacks:
-            metrics = self._metrics(stats, factor, time.monotonic() - begun) | extra
+            length = batches[0].tokens.shape[1]
+            metrics = self._metrics(stats, factor, time.monotonic() - begun, length) | extra
             for callback in self.callbacks:
                 callback.after_step(self.step, stats, metrics)
             self._write(metrics)
+        return False
 
-    def _count_sources(self, batches: Sequence[MicroBatch]) -> dict[str, int]:
-        """Rows of each source in the global batch."""
-        mine, place = Counter(source for batch in batches for source in batch.sources), self.engine.topology
-        if place.dp_size == 1:
-            return dict(mine)
-        everyone: list[Counter[str]] = [Counter()] * place.world_size
+    def _switch_stage(self, index: int) -> None:
+        """Another stage may begin with this step: the rotary base changes, and what losses were usual is open again."""
+        if self._stage is None or stage_at(self._stages, index) == self._stage:
+            return
+        self._stage = stage_at(self._stages, index)
+        self.engine.set_rope_theta(self._stage.rope_theta)
+        self._watch.forget()
+        values = {
+            "seq_len": self._stage.seq_len,
+            "global_batch": self._stage.global_batch,
+            "rope_theta": self._stage.rope_theta,
+        }
+        self._event(index + 1, "stage", values)
+
+    def _advance(self, whole: _Global, stats: StepStats, refused: str | None) -> None:
+        """Books a step that is done."""
+        self.step += 1
+        self.tokens += 0 if stats.skipped else round(stats.weight)
+        self.samples += whole.rows
+        self.sources.update(whole.sources)
+        if self._ledger is not None:
+            row: dict[str, Any] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "weight": stats.weight}
+            row["samples"] = as_ranges(whole.samples)
+            if refused is not None:
+                row["no_update"] = refused
+            self._ledger.add(self.step, row)
+
+    def _leave_out(self, batches: Sequence[MicroBatch]) -> None:
+        """A step on the list: its samples pass by, and nothing is computed."""
+        whole = self._exchange(batches, Action.ACCEPT)
+        self._advance(whole, StepStats(0.0, 0.0, grad_norm=math.nan, skipped=True), "left out")
+        self._write({"train/skipped": 1.0, "train/tokens": float(self.tokens)})
+
+    def _report(self, verdict: Verdict, stats: StepStats, whole: _Global) -> None:
+        action = verdict.action.name.lower()
+        log.warning("step %d: %s; policy: %s", self.step + 1, verdict.reason, action)
+        details = {
+            "action": action,
+            "reason": verdict.reason,
+            "loss": stats.loss,
+            "grad_norm": stats.grad_norm,
+            "samples": as_ranges(whole.samples),
+        }
+        self._event(self.step + 1, "bad_step", details)
+
+    def _abort(self, verdict: Verdict, before: Mapping[str, Any]) -> None:
+        """Saves the state before the bad step, which made no update, and ends the run."""
+        self.loader.load_state_dict(before)
+        self._save_for_good()
+        raise TrainingError(
+            f"step {self.step + 1}: {verdict.reason}. The state before it is the checkpoint of step {self.step} in "
+            f"{self.directory / CHECKPOINTS}, the samples are in {self.directory / 'metrics.jsonl'}; lower optim.lr, "
+            "lengthen optim.schedule.warmup_steps, or choose another policy (train.resilience)"
+        )
+
+    def _rewind(self, verdict: Verdict) -> None:
+        """Back to the last good checkpoint; the bad step is left out when the run comes by again."""
+        bad = self.step
+        self._saver_done(self._saver.finish())
+        self._watchdog.beat(f"going back from step {bad + 1}")
+        reader = find_checkpoint(self.directory / CHECKPOINTS, up_to=bad)
+        if reader is None:
+            raise TrainingError(f"step {bad + 1}: {verdict.reason}; there is no checkpoint to go back to")
+        left_out = self._watch.leave_out(bad)
+        self.resume(reader)
+        if self._stage is not None:
+            self.engine.set_rope_theta(self._stage.rope_theta)
+        for sink in self.sinks:
+            sink.rewind(self.step)
+        self._event(bad + 1, "rewind", {"to_step": self.step, "left_out": [step + 1 for step in left_out]})
+
+    def _exchange(self, batches: Sequence[MicroBatch], action: Action) -> _Global:
+        """Sources and samples of the global batch, and the decision that holds for every rank."""
+        place = self.engine.topology
+        sources = Counter(source for batch in batches for source in batch.sources)
+        samples = tuple(sample for batch in batches for sample in batch.sample_ids)
+        rows = sum(batch.tokens.shape[0] for batch in batches)
+        if place.world_size == 1:
+            return _Global(sources, samples, rows, action)
         # One rank answers for each replica.
-        torch.distributed.all_gather_object(everyone, mine if place.tp_rank == place.pp_rank == 0 else Counter())
-        return dict(sum(everyone, Counter()))
+        answers = place.tp_rank == place.pp_rank == 0
+        everyone: list[Any] = [None] * place.world_size
+        mine = (sources, samples, rows) if answers else (Counter(), (), 0)
+        torch.distributed.all_gather_object(everyone, (*mine, action))
+        return _Global(
+            sum((part[0] for part in everyone), Counter()),
+            tuple(sample for part in everyone for sample in part[1]),
+            sum(part[2] for part in everyone),
+            max(part[3] for part in everyone),
+        )
 
-    def _metrics(self, stats: StepStats, factor: float, seconds: float) -> dict[str, float]:
+    def _metrics(self, stats: StepStats, factor: float, seconds: float, seq_len: int) -> dict[str, float]:
         rate = stats.weight / seconds
         metrics = {
             "train/loss": stats.loss,
@@ -258,10 +388,11 @@ class Trainer:
             "throughput/tokens_per_s": rate,
             "throughput/step_s": seconds,
         }
-        if self._peak_flops and self._flops_per_token:
-            metrics["throughput/mfu"] = (
-                rate * self._flops_per_token / (self._peak_flops * self.engine.topology.world_size)
-            )
+        if self._save_s:
+            metrics["throughput/checkpoint_s"], self._save_s = self._save_s, 0.0
+        if self._peak_flops and self._flops_per_token is not None:
+            flops = rate * self._flops_per_token(seq_len)
+            metrics["throughput/mfu"] = flops / (self._peak_flops * self.engine.topology.world_size)
         if stats.skipped:
             metrics["train/skipped"] = 1.0
         total = sum(self.sources.values())
@@ -275,18 +406,9 @@ class Trainer:
         optim = getattr(self.resolved, "optim", None)
         return float(optim.lr) if optim is not None else 1.0
 
-    def _watch(self, stats: StepStats) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if stats.skipped else 0
-        if stats.skipped:
-            log.warning("step %d was skipped: gradient norm %s", self.step, stats.grad_norm)
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
-            raise CheckpointError(
-                f"{self._skipped_in_a_row} steps in a row had no finite gradient; the last good checkpoint is in "
-                f"{self.directory / 'checkpoints'}; lower optim.lr, or lengthen optim.schedule.warmup_steps"
-            )
-
     def _validate(self) -> dict[str, float]:
-        values = bits_per_byte(self.engine, self.validation)
+        self._watchdog.beat(f"validating after step {self.step}")
+        values = bits_per_byte(self.engine, self.validation, self._watchdog.beat)
         self._write({f"validation/bits_per_byte/{language}": value for language, value in values.items()})
         for callback in self.callbacks:
             callback.after_validation(self.step, values)
@@ -296,32 +418,75 @@ class Trainer:
         for sink in self.sinks:
             sink.write(self.step, metrics)
 
+    def _event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.event(step, name, details)
+
     def _agree(self, reason: str | None) -> str | None:
-        """A stop that any rank asks for is everyone's."""
-        if self.engine.topology.world_size == 1:
-            return reason
-        flag = torch.tensor(int(reason is not None), device=self.engine.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return (reason or "another rank") if int(flag) else None
+        """A stop that any rank asks for is everyone's; a checkpoint that no rank is writing any more goes on."""
+        self._watchdog.beat(f"waiting for the other ranks before step {self.step + 1}")
+        pending = self._saver.pending
+        if self.engine.topology.world_size > 1:
+            flags = torch.tensor([reason is not None, pending], dtype=torch.int32, device=self.engine.device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            stop, pending = (bool(flag) for flag in flags.tolist())
+            reason = (reason or "another rank") if stop else None
+        if self._saver.in_flight and not pending:
+            self._saver_done(self._saver.advance())
+        return reason
 
     def _save(self) -> None:
-        if self._saved_step == self.step:
+        """Begins a checkpoint of this step, after the one in flight is done."""
+        if self._begun_save == self.step:
             return
+        begun = time.monotonic()
+        self._watchdog.beat(f"saving the checkpoint of step {self.step}")
+        self._saver_done(self._saver.finish())
         state: dict[str, Any] = {
             "tokens": self.tokens,
             "global_batch": self.config.global_batch,
-            # Sample numbers are consecutive: step t takes [t * G, (t + 1) * G) of the loader's order.
-            "samples": [0, self.step * self.config.global_batch],
+            "rows": self.samples,
             "sources": dict(self.sources),
             "loader": self.loader.state_dict(),
             "transforms": [transform.state_dict() for transform in self.transforms],
+            "watch": self._watch.state_dict(),
         }
-        counts = {"tokens": self.tokens, "samples": self.step * self.config.global_batch}
-        path = save_checkpoint(
-            self.directory / "checkpoints", self.step, self.engine, state, self.resolved, self.inputs, counts
-        )
-        self._saved_step = self.step
-        if self.engine.topology.rank == 0:
-            log.info("checkpoint %s", path)
-            if self.config.keep_checkpoints:
-                remove_old_checkpoints(path.parent, self.config.keep_checkpoints)
+        if self._stage is not None:
+            state["model"] = {"rope_theta": self._stage.rope_theta}
+        counts = {"tokens": self.tokens, "samples": self.samples}
+        self._begun_save = self.step
+        outcome = self._saver.begin(self.step, self.engine, state, self.resolved, self.inputs, counts)
+        self._saver_done(outcome)
+        self._save_s += time.monotonic() - begun
+
+    def _saver_done(self, outcome: SaveOutcome | None) -> None:
+        """A checkpoint is there, or is not: the run goes on with the last good one, or ends by option."""
+        if outcome is None:
+            return
+        if outcome.path is not None:
+            self._saved_step = outcome.step
+            log.info("checkpoint %s", outcome.path)
+            return
+        self._begun_save = self._saved_step
+        good = f"step {self._saved_step}" if self._saved_step >= 0 else "none"
+        message = f"the checkpoint of step {outcome.step} was not written: {outcome.problem} (last good one: {good})"
+        self._event(outcome.step, "checkpoint_failed", {"problem": outcome.problem})
+        if self.config.checkpoint_errors == "stop":
+            raise CheckpointError(f"{message}; mend that and run again to resume (train.checkpoint_errors = stop)")
+        log.warning("%s; the run goes on", message)
+
+    def _save_for_good(self) -> None:
+        """The checkpoint that ends a run: it is there when this returns.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._save()
+        self._saver_done(self._saver.finish())
+        if self._saved_step != self.step:
+            good = f"of step {self._saved_step}" if self._saved_step >= 0 else "there is none"
+            raise CheckpointError(
+                f"{self.directory / CHECKPOINTS}: the last checkpoint, of step {self.step}, cannot be written (see the "
+                f"warning above); make room or mend the disk, and run again: the run resumes from its last good "
+                f"checkpoint ({good})"
+            )

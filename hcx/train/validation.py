@@ -7,15 +7,19 @@ tokenizer, so models with different vocabularies compare.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from hcx.artifacts.durable import nothing
 from hcx.data.batch import MicroBatch
 from hcx.engine.base import Engine, ModelOutput
+
+ROUNDS_PER_CALL = 16
+"""Forwards between two signs of progress."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,13 @@ def negative_log_likelihood(output: ModelOutput, micro_batch: MicroBatch) -> Ten
     return -(output.token_logprobs(micro_batch.labels).double() * micro_batch.weights.double()).sum()
 
 
-def bits_per_byte(engine: Engine, sets: Sequence[ValidationSet]) -> dict[str, float]:
-    """Bits per byte by language; collective, the rows are shared out over the replicas."""
+def bits_per_byte(
+    engine: Engine, sets: Sequence[ValidationSet], progress: Callable[[], None] = nothing
+) -> dict[str, float]:
+    """Bits per byte by language; collective, the rows are shared out over the replicas.
+
+    `progress` is called every few forwards.
+    """
     place = engine.topology
     result = {}
     for held_out in sets:
@@ -48,7 +57,10 @@ def bits_per_byte(engine: Engine, sets: Sequence[ValidationSet]) -> dict[str, fl
         rounds = -(-count // place.dp_size)
         indices = [round_ * place.dp_size + place.dp_rank for round_ in range(rounds)]
         mine = [held_out.micro_batches[min(index, count - 1)].to(engine.device) for index in indices]
-        nats = engine.score(mine, negative_log_likelihood)
+        nats = []
+        for start in range(0, rounds, ROUNDS_PER_CALL):
+            nats += engine.score(mine[start : start + ROUNDS_PER_CALL], negative_log_likelihood)
+            progress()
         total = sum(float(value) for index, value in zip(indices, nats, strict=True) if index < count)
         if place.world_size > 1:
             summed = torch.tensor(total, dtype=torch.float64, device=engine.device)
