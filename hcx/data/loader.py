@@ -7,13 +7,12 @@ run was interrupted: so runs can be compared sample by sample.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from hcx.data.batch import MicroBatch
 from hcx.data.mixture import Mixture, checked_shares
+from hcx.data.prefetch import prepared_ahead
 from hcx.data.shards import ShardSet
 from hcx.data.stream import LanguageStream, Row, stack_rows
 from hcx.data.validation import validation_batches
@@ -113,24 +112,13 @@ class PackedLoader:
         The number of threads (0: none) changes nothing but the waiting.
         """
         arguments = (global_batch, micro_batch, dp_rank, dp_size, first_sample)
-        if threads == 0:
-            for step in range(start_step, stop_step):
-                yield self.step_batch(step, *arguments)
-            return
 
         def prepare(step: int) -> list[MicroBatch]:
             return [self.rows(group) for group in self._step_samples(step, *arguments)]
 
-        with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="hcx-loader") as pool:
-            waiting: deque[Future[list[MicroBatch]]] = deque()
-            ahead = start_step
-            for step in range(start_step, stop_step):
-                while ahead < stop_step and len(waiting) <= 2 * threads:
-                    waiting.append(pool.submit(prepare, ahead))
-                    ahead += 1
-                batch = waiting.popleft().result()
-                self.next_sample = first_sample + (step + 1) * global_batch
-                yield batch
+        for step, batch in prepared_ahead(prepare, start_step, stop_step, threads):
+            self.next_sample = first_sample + (step + 1) * global_batch
+            yield batch
 
     def _step_samples(
         self, step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, first_sample: int

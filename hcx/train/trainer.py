@@ -37,9 +37,9 @@ class TrainerConfig(Config):
     steps: int
     """Optimizer steps of the whole run."""
     global_batch: int
-    """Rows (samples of `seq_len` tokens) per optimizer step, over all replicas."""
+    """Rows (samples of `seq_len` tokens) per optimizer step, over all replicas; with `data.kind: chat`, tokens."""
     micro_batch: int
-    """Rows per forward."""
+    """Rows per forward; with `data.kind: chat`, tokens at most, filling included."""
     validate_every: int = 100
     """Steps between validations; 0: at the end only."""
     checkpoint_every: int = 0
@@ -70,7 +70,7 @@ class Loader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the order of the data, and where it stands."""
+        """What decides the order of the data, and where it stands (`next_sample`: how many samples have been taken)."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         finished: whether that is all of them; else it is resumable.
-        bits_per_byte: the last validation.
+        bits_per_byte: the last validation; of conversations, the loss per trained token.
         tokens: trained tokens (targets with weight).
         seconds: time in the loop, in this process.
     """
@@ -287,7 +287,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         values = bits_per_byte(self.engine, self.validation)
-        self._write({f"validation/bits_per_byte/{language}": value for language, value in values.items()})
+        self._write({f"validation/{held.metric}/{held.language}": values[held.language] for held in self.validation})
         for callback in self.callbacks:
             callback.after_validation(self.step, values)
         return values
@@ -307,16 +307,18 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
+        loader = self.loader.state_dict()
+        # Sample numbers are consecutive in the loader's order, whatever number of them a step takes.
+        samples = int(loader.get("next_sample", self.step * self.config.global_batch))
         state: dict[str, Any] = {
             "tokens": self.tokens,
             "global_batch": self.config.global_batch,
-            # Sample numbers are consecutive: step t takes [t * G, (t + 1) * G) of the loader's order.
-            "samples": [0, self.step * self.config.global_batch],
+            "samples": [0, samples],
             "sources": dict(self.sources),
-            "loader": self.loader.state_dict(),
+            "loader": loader,
             "transforms": [transform.state_dict() for transform in self.transforms],
         }
-        counts = {"tokens": self.tokens, "samples": self.step * self.config.global_batch}
+        counts = {"tokens": self.tokens, "samples": samples}
         path = save_checkpoint(
             self.directory / "checkpoints", self.step, self.engine, state, self.resolved, self.inputs, counts
         )
