@@ -119,10 +119,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if form == ".jsonl":
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise DataError(f"{path}: line {number}: a row must be a JSON object")
-                        yield f"{path}: line {number}", row
+                        yield f"{path}: line {number}", _object(line, f"{path}: line {number}")
             else:
                 table = csv.DictReader(file, delimiter="\t" if form == ".tsv" else ",", strict=True)
                 for row in table:
@@ -130,6 +127,16 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}: line {number}", row
     except (UnicodeDecodeError, ValueError, csv.Error, OSError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path}: line {number + 1}: not rows in UTF-8: {error}") from None
+
+
+def _object(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be a JSON object")
+    return row
 
 
 def _open(path: Path) -> IO[str]:
