@@ -9,11 +9,11 @@ from pathlib import Path
 from hcx.artifacts import Input, artifact_input, find_file
 from hcx.data import PackedLoader, ShardSet, validation_batches, validation_bytes
 from hcx.data.chat_rows import ChatSource, Conversation, chat_files, read_conversations
-from hcx.data.chat_samples import ChatSamples, encode_conversations, split_held_out
+from hcx.data.chat_samples import encode_conversations, split_held_out
 from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.data.token_budget import TokenBudgetLoader, held_out_batches
 from hcx.engine.base import StepStats
-from hcx.errors import ConfigError, HcxError
+from hcx.errors import ConfigError, DataError, HcxError
 from hcx.obs import get_logger
 from hcx.recipe.convert import save_chat_format
 from hcx.recipe.train import ChatSection, DataSection, TrainRecipe
@@ -159,13 +159,17 @@ def _held_out_sets(
     sets = []
     for name in dict.fromkeys(conversation.source for conversation in held_out):
         chosen = [conversation for conversation in held_out if conversation.source == name]
-        samples = encode_conversations(chosen[: recipe.validation.max_documents], speaker, data.seq_len, data.too_long)
-        sets.append(ValidationSet(name, _batches(recipe, data, samples), None))
+        try:
+            samples = encode_conversations(
+                chosen[: recipe.validation.max_documents], speaker, data.seq_len, data.too_long
+            )
+        except DataError as error:
+            # Training conversations were read with the same settings: only these few do not fit.
+            log.warning("held-out conversations of %s are not scored: %s", name, error)
+            continue
+        batches = list(held_out_batches(samples, recipe.train.micro_batch, data.multiple))
+        sets.append(ValidationSet(name, batches, None))
     return sets
-
-
-def _batches(recipe: TrainRecipe, data: ChatSection, samples: ChatSamples) -> list:
-    return list(held_out_batches(samples, recipe.train.micro_batch, data.multiple))
 
 
 class ChatProgress(Callback):
