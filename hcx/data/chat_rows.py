@@ -49,6 +49,8 @@ class ChatSource(Config):
     """Key or column that holds the user's text; the form is recognised by its keys if not given."""
     answer: str | None = None
     """Key or column that holds the assistant's text; goes with `question`."""
+    instruction: str = ""
+    """With `question`: stands before the user's text, with a blank line between."""
     name: str | None = None
     """Names the source in counts and shares; the file's name if not given."""
     limit: int | None = None
@@ -148,10 +150,12 @@ def _open(path: Path) -> IO[str]:
 
 def _conversations(row: Mapping[str, Any], source: ChatSource, place: str) -> Iterator[tuple[dict[str, str], ...]]:
     if source.question is not None and source.answer is not None:
-        pairs: list[tuple[Any, Any]] = [(row.get(source.question), row.get(source.answer))]
         missing = [name for name in (source.question, source.answer) if not isinstance(row.get(name), str)]
         if missing:
             raise DataError(f"{place}: no text under {missing[0]!r}; the row has: {', '.join(map(str, row))}")
+        question = row[source.question]
+        asked = _joined(source.instruction, question) if source.instruction else question
+        pairs: list[tuple[Any, Any]] = [(asked, row[source.answer])]
     elif "messages" in row or "conversations" in row:
         key = "messages" if "messages" in row else "conversations"
         yield _turns(row[key], row.get("system"), f"{place}: {key}")

@@ -71,6 +71,8 @@ def test_columns_of_tables_and_compressed_files_are_read(tmp_path: Path) -> None
         file.write(json.dumps({"q": "수도는?", "a": "서울이다."}) + "\n")
     (conversation,) = read(tmp_path / "c.jsonl.xz", question="q", answer="a", name="pairs")
     assert (conversation.messages, conversation.source) == (ASKED, "pairs")
+    (conversation,) = read(tmp_path / "c.jsonl.xz", question="q", answer="a", instruction="답하라.")
+    assert conversation.messages[0]["content"] == "답하라.\n\n수도는?"
 
 
 def test_a_limit_counts_conversations(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def test_the_gradient_of_the_input_is_that_of_the_dense_weight(dtype: torch.dtyp
     assert torch.equal(found, packed(x))
     found.backward(outer)
     expected.backward(outer)
-    assert one.grad is not None and other.grad is not None
+    assert one.grad is not None
+    assert other.grad is not None
     # Each stem's gradient is rounded to bf16 before their sum, so half a unit in the last place per stem.
     tolerance = 1e-5 if dtype == torch.float32 else 2 * 2**-8 * float(other.grad.abs().max())
     torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=tolerance)
