@@ -12,7 +12,7 @@ from typing import Any
 
 from hcx.data.batch import MicroBatch
 from hcx.data.mixture import Mixture, checked_shares
-from hcx.data.prefetch import prepared_ahead
+from hcx.data.order import next_sample, prepared_ahead
 from hcx.data.shards import ShardSet
 from hcx.data.stream import LanguageStream, Row, stack_rows
 from hcx.data.validation import validation_batches
@@ -164,10 +164,4 @@ class PackedLoader:
         Raises:
             DataError: the loader is not the one that the state describes; the first difference is named.
         """
-        for key, mine in self.state_dict().items():
-            if key != "next_sample" and state.get(key) != mine:
-                raise DataError(
-                    f"the data order cannot go on: {key} was {state.get(key)!r}, now {mine!r}; "
-                    "use the same data and settings, or start a new run from the model"
-                )
-        self.next_sample = int(state["next_sample"])
+        self.next_sample = next_sample(state, self.state_dict())

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from hcx.data.batch import MicroBatch
 from hcx.data.chat_samples import ChatSamples
-from hcx.data.prefetch import prepared_ahead
+from hcx.data.order import next_sample, prepared_ahead
 from hcx.dist.seeding import derived_seed
-from hcx.errors import ConfigError, DataError
+from hcx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -226,13 +226,7 @@ class TokenBudgetLoader:
         Raises:
             DataError: the loader is not the one that the state describes; the first difference is named.
         """
-        for key, mine in self.state_dict().items():
-            if key != "next_sample" and state.get(key) != mine:
-                raise DataError(
-                    f"the data order cannot go on: {key} was {state.get(key)!r}, now {mine!r}; "
-                    "use the same data and settings, or start a new run from the model"
-                )
-        self.next_sample = int(state["next_sample"])
+        self.next_sample = next_sample(state, self.state_dict())
 
 
 def held_out_batches(samples: ChatSamples, budget: int, multiple: int = 8) -> Iterator[MicroBatch]:

@@ -1,11 +1,13 @@
-"""Batches prepared ahead of their use, in order."""
+"""What loaders share: batches prepared ahead, in order; and going on only where the order is the same."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from hcx.errors import DataError
 
 T = TypeVar("T")
 
@@ -27,3 +29,22 @@ def prepared_ahead(prepare: Callable[[int], T], start: int, stop: int, threads: 
                 waiting.append(pool.submit(prepare, ahead))
                 ahead += 1
             yield number, waiting.popleft().result()
+
+
+def next_sample(state: Mapping[str, Any], mine: Mapping[str, Any]) -> int:
+    """Where a saved loader stood.
+
+    Args:
+        state: saved.
+        mine: the state of the loader that shall go on; everything but `next_sample` must agree.
+
+    Raises:
+        DataError: naming the first difference.
+    """
+    for key, value in mine.items():
+        if key != "next_sample" and state.get(key) != value:
+            raise DataError(
+                f"the data order cannot go on: {key} was {state.get(key)!r}, now {value!r}; "
+                "use the same data and settings, or start a new run from the model"
+            )
+    return int(state["next_sample"])
