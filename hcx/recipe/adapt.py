@@ -88,6 +88,7 @@ def export_adapter_run(
         "steps": reader.step,
         "tokens": reader.trainer_state.get("tokens", 0),
         "tokenizer_digest": data.tokenizer_digest,
+        **({"conversations": dict(data.counts)} if data.counts else {}),
     }
     target = out / "adapter"
     with new_artifact(target, "adapter", recipe, made_from, overwrite=is_complete(target)) as artifact:

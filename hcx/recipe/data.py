@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hcx.artifacts import Input, artifact_input, find_file
@@ -37,6 +37,7 @@ class RunData:
         tokenizer_digest: of its `tokenizer.json`.
         chat_format: the tokenizer whose chat format the run trains, where that is not the directory's own.
         callbacks: report on the data.
+        counts: what became of the conversations that were read; empty for text.
     """
 
     loader: Loader
@@ -47,6 +48,7 @@ class RunData:
     tokenizer_digest: str
     chat_format: Tokenizer | None = None
     callbacks: Sequence[Callback] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def write_tokenizer(self, directory: Path) -> None:
         """Replaces the chat format in a directory that has the tokenizer's files, if the run trained another."""
@@ -132,6 +134,7 @@ def _chat(recipe: TrainRecipe, data: ChatSection) -> RunData:
         tokenizer_digest=tokenizer.digest,
         chat_format=chat_format,
         callbacks=[ChatProgress(loader)],
+        counts=samples.counts,
     )
 
 

@@ -172,5 +172,6 @@ def _export(
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "tokenizer_digest": data.tokenizer_digest,
+            **({"conversations": dict(data.counts)} if data.counts else {}),
         }
     log.info("model %s (%s)", out / "model", read_manifest(out / "model").config_digest[:12])
