@@ -15,6 +15,7 @@ from hcx.artifacts import verify
 from hcx.cli.main import main
 from hcx.compress import CompressPlan, compress_model
 from hcx.compress.plan import ModulePlan, PlanRule
+from hcx.data.token_budget import TokenBudgetLoader
 from hcx.dist import Topology
 from hcx.errors import ConfigError
 from hcx.model.decoder import Decoder
@@ -25,6 +26,7 @@ from hcx.model.transforms import TransformContext
 from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
 from hcx.recipe.adapt import PackedBase
+from hcx.recipe.data import open_data
 from hcx.testing.tiny import TINY_TEXT, tiny_model_directory
 from hcx.tokenizer import Tokenizer
 
@@ -146,6 +148,41 @@ def test_generate_takes_an_adapter(directory: Path, capsys: pytest.CaptureFixtur
         assert hcx("generate", *arguments, "--prompt", "대한민국", "--max-tokens", "24", "--json") == 0
         texts.append(json.loads(capsys.readouterr().out)["token_ids"])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_eval_takes_an_adapter_and_says_so(directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    scores = []
+    for name, arguments in {
+        "merged": (directory / "run" / "model",),
+        "beside": (directory / "base", "--adapter", directory / "run" / "adapter"),
+        "base": (directory / "base",),
+    }.items():
+        task = ("--tasks", "hcx_bpb_ko", "--limit", "1")
+        assert hcx("eval", *arguments, *task, "--out", tmp_path / name) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
+        scores.append(results["tasks"]["hcx_bpb_ko"]["metrics"]["bits_per_byte"]["value"])
+        assert (results["adapter"] is not None) == (name == "beside")
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert scores[0] != pytest.approx(scores[2], rel=1e-3)
+    assert [item.role for item in verify(tmp_path / "beside").inputs] == ["model", "adapter"]
+
+
+def test_every_token_is_trained_where_the_recipe_says_next_token(directory: Path) -> None:
+    tuned, every = (
+        open_data(load_train_recipe(directory / "run.yaml", overrides)).loader
+        for overrides in ((), ("objective={kind: next_token}",))
+    )
+    assert isinstance(tuned, TokenBudgetLoader)
+    assert isinstance(every, TokenBudgetLoader)
+    assert every.samples.num_trained == len(every.samples.ids) - len(every.samples)
+    assert 0 < tuned.samples.num_trained < every.samples.num_trained
+
+
+def test_conversations_are_counted_in_the_models_manifest(directory: Path) -> None:
+    counts = verify(directory / "run" / "model").counts["conversations"]
+    assert counts["read"] == counts["kept"] + counts["too long"] + counts["no answer"]
+    assert counts["too long"] > 0
 
 
 def test_what_was_trained_with_a_preamble_is_asked_with_it(directory: Path) -> None:
