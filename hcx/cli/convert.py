@@ -18,17 +18,29 @@ def register(app: typer.Typer) -> None:
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="a model directory or a checkpoint directory")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="new directory")],
-    to: Annotated[str, typer.Option(help="hf: full precision, loads in transformers; hcx: the same with a manifest")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf: full precision, for transformers; hcx: the same with a manifest; peft: a checkpoint's adapter"
+        ),
+    ],
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    adapter: Annotated[Path | None, typer.Option(help="adapter directory to merge into the model's weights")] = None,
 ) -> None:
     """Converts between formats; binary-coded weights are dequantized."""
     from hcx.errors import ConfigError, did_you_mean
-    from hcx.recipe.convert import convert_model
-    from hcx.recipe.run import DTYPES
+    from hcx.recipe.convert import DTYPES, convert_adapter, convert_model
 
-    if to not in ("hf", "hcx"):
-        raise ConfigError(f"--to {to}: {did_you_mean(to, ('hf', 'hcx'))}")
+    kinds = ("hf", "hcx", "peft")
+    if to not in kinds:
+        raise ConfigError(f"--to {to}: {did_you_mean(to, kinds)}")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: {did_you_mean(dtype, DTYPES)}")
-    convert_model(source, destination, DTYPES[dtype], manifest=to == "hcx")
+    if to == "peft":
+        if adapter is not None:
+            raise ConfigError("--adapter is merged into a model's weights: it goes with --to hf or hcx")
+        convert_adapter(source, destination, DTYPES[dtype])
+        echo(f"adapter: {destination}")
+        return
+    convert_model(source, destination, DTYPES[dtype], manifest=to == "hcx", adapter=adapter)
     echo(f"model: {destination}")

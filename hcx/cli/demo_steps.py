@@ -141,7 +141,7 @@ def _speed(recipe: Any) -> tuple[float, float]:
     from hcx.engine.base import StepBatch
     from hcx.engine.build import build_engine
     from hcx.model.weights import InitWeights
-    from hcx.recipe.run import validation_sets
+    from hcx.recipe.data import validation_sets
     from hcx.train import NextToken
     from hcx.train.validation import bits_per_byte
 

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path | None, typer.Option(help="New directory for results.json and the samples.")] = None,
         data: Annotated[Path | None, typer.Option(help="Folder of item files that are not shipped.")] = None,
         batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
         numerics: Annotated[str, typer.Option(help="reference, exact or fast.")] = "reference",
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
         dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; the model's own if not given.")] = None,
@@ -63,6 +64,7 @@ def register(app: typer.Typer) -> None:
                 data=data,
                 device=device,
                 dtype=dtype,
+                adapter=adapter,
             )
             if as_json:
                 print_json(results)

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
         stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
         ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "reference",
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -50,7 +51,7 @@ def register(app: typer.Typer) -> None:
             ignore_eos=ignore_eos,
         )
         text = _standard_input() if prompt is None else prompt
-        loaded = load_for_inference(model, numerics, kernel, device)
+        loaded = load_for_inference(model, numerics, kernel, device, adapter)
         ids = encode_prompt(loaded, text)
         check_prompt(ids, params, loaded.config.vocab_size, loaded.config.max_seq_len)
         # No larger than needed: a long-context model's whole cache could exceed the memory.

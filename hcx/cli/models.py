@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from hcx.model.load import LoadedModel
 
 
-def load_for_inference(directory: Path, numerics: str, kernel: str | None, device: str) -> LoadedModel:
+def load_for_inference(
+    directory: Path, numerics: str, kernel: str | None, device: str, adapter: Path | None = None
+) -> LoadedModel:
     """Any model directory on the chosen device.
 
     Args:
@@ -20,6 +22,7 @@ def load_for_inference(directory: Path, numerics: str, kernel: str | None, devic
         numerics: class of the kernels.
         kernel: a kernel by name, or None for the automatic choice.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`.
+        adapter: a directory of low-rank updates (PEFT's files), or None.
 
     Raises:
         ConfigError: an unknown class or device.
@@ -43,4 +46,4 @@ def load_for_inference(directory: Path, numerics: str, kernel: str | None, devic
         raise ConfigError(f"--device {device}; valid: auto, cpu, cuda, cuda:N") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no CUDA device here; use --device cpu")
-    return load_model(directory, device=chosen, numerics=numerics)
+    return load_model(directory, device=chosen, numerics=numerics, adapter=adapter)

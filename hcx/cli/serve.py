@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
         port: Annotated[int, typer.Option(help="TCP port; 0: any free one.", min=0, max=65535)] = 8000,
         api_key_file: Annotated[Path | None, typer.Option(help="File with API keys, one per line.")] = None,
         name: Annotated[str | None, typer.Option(help="Name of the model; its directory's if not given.")] = None,
-        adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR; not served yet.")] = None,
+        adapter: Annotated[
+            list[str] | None, typer.Option(help="NAME=DIR: an adapter directory, served with the model as NAME.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -43,12 +45,13 @@ def register(app: typer.Typer) -> None:
         from hcx.errors import ConfigError
         from hcx.serve.config import ServeConfig, read_api_keys
 
-        if adapter:
-            raise ConfigError(f"--adapter {adapter[0]}: adapters are not served yet; give a model that contains it")
+        served, updates = _adapter(adapter or [])
+        if served is not None and name is not None:
+            raise ConfigError(f"--name {name}: with --adapter the name is the adapter's, {served}")
         config = ServeConfig(
             host=host,
             port=port,
-            model_name=name or model.resolve().name,
+            model_name=served or name or model.resolve().name,
             max_batch=max_batch,
             max_seq=max_seq,
             max_queue=max_queue,
@@ -65,10 +68,24 @@ def register(app: typer.Typer) -> None:
 
         listener = bind(host, port)
         try:
-            server = make_server(load_for_inference(model, numerics, kernel, device), config, keys)
+            server = make_server(load_for_inference(model, numerics, kernel, device, updates), config, keys)
             shown = f"[{host}]" if ":" in host else host
             echo(f"serving {config.model_name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
             sys.stdout.flush()
             server.run(sockets=[listener])
         finally:
             listener.close()
+
+
+def _adapter(given: list[str]) -> tuple[str | None, Path | None]:
+    """(name, directory) of the one adapter, or nothing."""
+    from hcx.errors import ConfigError
+
+    if not given:
+        return None, None
+    if len(given) > 1:
+        raise ConfigError(f"--adapter {given[1]}: one adapter per server; start another for the next")
+    name, equals, directory = given[0].partition("=")
+    if not (name and equals and directory):
+        raise ConfigError(f"--adapter {given[0]}: write NAME=DIR, for example --adapter support=runs/sft/adapter")
+    return name, Path(directory)

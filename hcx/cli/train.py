@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> int:
     """Trains as a recipe says; resumes by itself after an interruption (exit code 75)."""
-    from hcx.artifacts import find_file
+    from hcx.artifacts import find_file, is_complete
     from hcx.config import dump_yaml
     from hcx.dist import process_environment
     from hcx.dist.spawn import run_local_ranks, this_command
@@ -33,7 +34,9 @@ def train(
     rank, world_size, _ = process_environment()
     check_recipe(loaded, None if world_size == 1 else world_size)
     if dry_run:
-        tokens = loaded.train.steps * loaded.train.global_batch * loaded.data.seq_len
+        # The batch of conversations counts tokens already.
+        per_sample = 1 if loaded.data.kind == "chat" else loaded.data.seq_len
+        tokens = loaded.train.steps * loaded.train.global_batch * per_sample
         echo(dump_yaml(loaded))
         echo(f"# {parameter_count(loaded.model):,} parameters, {tokens:,} tokens, {loaded.world_size} processes: legal")
         return 0
@@ -45,6 +48,8 @@ def train(
 
     result = run_training(loaded, resume)
     if rank == 0:
+        figure = "loss" if loaded.data.kind == "chat" else "bits_per_byte"
+        written = [f"{kind}: {path}" for kind in ("adapter", "model") if is_complete(path := Path(loaded.out, kind))]
         if as_json:
             print_json(
                 {
@@ -53,11 +58,14 @@ def train(
                     "finished": result.finished,
                     "tokens": result.tokens,
                     "seconds": result.seconds,
-                    "bits_per_byte": result.bits_per_byte,
+                    figure: result.bits_per_byte,
                 }
             )
         elif result.finished:
-            rows = [(language, f"{value:.4f}") for language, value in result.bits_per_byte.items()]
-            table("held-out text", ("language", "bits per byte"), rows)
-            echo(f"model: {loaded.out}/model")
+            rows = [(name, f"{value:.4f}") for name, value in result.bits_per_byte.items()]
+            if figure == "loss":
+                table("held-out conversations", ("source", "nats per trained token"), rows)
+            else:
+                table("held-out text", ("language", "bits per byte"), rows)
+            echo("\n".join(written))
     return 0 if result.finished else EXIT_RESUMABLE

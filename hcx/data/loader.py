@@ -7,14 +7,13 @@ prepare them, and wherever a run was interrupted: so runs can be compared sample
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from hcx.data.batch import MicroBatch
 from hcx.data.fim import Fim, FimConfig
 from hcx.data.mixture import MAX_UPSAMPLE, Mixture, checked_shares
+from hcx.data.order import next_sample, prepared_ahead
 from hcx.data.shards import ShardSet
 from hcx.data.stream import LanguageStream, Row, stack_rows
 from hcx.data.validation import validation_batches
@@ -127,24 +126,13 @@ class PackedLoader:
         The number of threads (0: none) changes nothing but the waiting.
         """
         arguments = (global_batch, micro_batch, dp_rank, dp_size, first_sample)
-        if threads == 0:
-            for step in range(start_step, stop_step):
-                yield self.step_batch(step, *arguments)
-            return
 
         def prepare(step: int) -> list[MicroBatch]:
             return [self.rows(group) for group in self._step_samples(step, *arguments)]
 
-        with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="hcx-loader") as pool:
-            waiting: deque[Future[list[MicroBatch]]] = deque()
-            ahead = start_step
-            for step in range(start_step, stop_step):
-                while ahead < stop_step and len(waiting) <= 2 * threads:
-                    waiting.append(pool.submit(prepare, ahead))
-                    ahead += 1
-                batch = waiting.popleft().result()
-                self.next_sample = first_sample + (step + 1) * global_batch
-                yield batch
+        for step, batch in prepared_ahead(prepare, start_step, stop_step, threads):
+            self.next_sample = first_sample + (step + 1) * global_batch
+            yield batch
 
     def _step_samples(
         self, step: int, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int, first_sample: int
@@ -211,10 +199,4 @@ class PackedLoader:
         Raises:
             DataError: the loader is not the one that the state describes; the first difference is named.
         """
-        for key, mine in self.state_dict().items():
-            if key != "next_sample" and state.get(key) != mine:
-                raise DataError(
-                    f"the data order cannot go on: {key} was {state.get(key)!r}, now {mine!r}; "
-                    "use the same data and settings, or start a new run from the model"
-                )
-        self.next_sample = int(state["next_sample"])
+        self.next_sample = next_sample(state, self.state_dict())

@@ -51,6 +51,7 @@ class HcxLM(TemplateLM):
         device: where the model runs.
         numerics: class of the quantized products (`reference`, `exact`, `fast`).
         add_bos_token: force or forbid BOS; what the tokenizer says if not given.
+        adapter: a directory of low-rank updates (PEFT's files); with a directory as `pretrained`.
 
     Raises:
         CheckpointError: the directory is not a model, or has no tokenizer.
@@ -66,19 +67,24 @@ class HcxLM(TemplateLM):
         numerics: str = "reference",
         add_bos_token: bool | None = None,
         max_batch_size: int | None = None,
+        adapter: str | Path | None = None,
     ) -> None:
         super().__init__()
         if isinstance(pretrained, (str, Path)):
             from hcx.model.load import load_model
 
-            loaded = load_model(pretrained, dtype=_dtype(dtype), device=_device(device), numerics=numerics)
+            loaded = load_model(
+                pretrained, dtype=_dtype(dtype), device=_device(device), numerics=numerics, adapter=adapter
+            )
         else:
             loaded = pretrained
         self.loaded = loaded
         self.decoder = loaded.decoder.eval()
         self.config = loaded.config
         self.pretrained = str(loaded.directory)
-        self.tokenizer = transformers_tokenizer(loaded.directory)
+        has_format = adapter is not None and (Path(adapter) / "tokenizer.json").is_file()
+        # The chat format that an adapter was trained with may differ from its model's.
+        self.tokenizer = transformers_tokenizer(adapter if has_format and adapter is not None else loaded.directory)
         self.tokenizer = configure_pad_token(self.tokenizer)
         self.add_bos_token = add_bos_token
         self.numerics = numerics

@@ -83,6 +83,7 @@ def evaluate(
     device: str = "cpu",
     dtype: str | None = None,
     overwrite: bool = False,
+    adapter: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model.
 
@@ -98,6 +99,7 @@ def evaluate(
         device: where the model runs.
         dtype: of weights and activations.
         overwrite: replace what is in `out`.
+        adapter: a directory of low-rank updates, computed beside the model's weights.
 
     Returns:
         The content of `results.json`.
@@ -122,6 +124,7 @@ def evaluate(
         "numerics": numerics,
         "device": device,
         "dtype": dtype,
+        "adapter": None if adapter is None else str(adapter),
     }
     if out is None:
         return _run(model, chosen, skipped, settings, data)[0]
@@ -132,6 +135,8 @@ def evaluate(
             path = writer.path / results["tasks"][name]["samples"]
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         writer.inputs.append(artifact_input("model", directory))
+        if adapter is not None:
+            writer.inputs.append(artifact_input("adapter", adapter))
         results["model_digest"] = writer.inputs[0].digest
         writer.counts.update(tasks=len(results["tasks"]), items=sum(len(rows) for rows in samples.values()))
         text = json.dumps(results, ensure_ascii=False, indent=1)
@@ -157,6 +162,7 @@ def _run(
             dtype=settings["dtype"],
             device=settings["device"],
             numerics=settings["numerics"],
+            adapter=settings["adapter"],
         )
         loaded = load_tasks([item.card for item in chosen], lm.pretrained, data)
         chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
@@ -170,6 +176,7 @@ def _run(
     results: dict[str, Any] = {
         "version": 1,
         "model": settings["model"],
+        "adapter": settings["adapter"],
         "numerics": settings["numerics"],
         "suite": settings["suite"],
         "limit": settings["limit"],

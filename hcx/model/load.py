@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,14 @@ from torch import Tensor
 from hcx.artifacts import is_complete, read_manifest
 from hcx.errors import CheckpointError, KernelError
 from hcx.kernels import PackedWeight
+from hcx.model.adapters import attach_adapter
 from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import config_from_hf
+from hcx.model.convert.peft import read_adapter
 from hcx.model.decoder import Decoder
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
-from hcx.model.parts.sources import BCQSource, DenseSource, SplitSource, WeightSource
+from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
 from hcx.model.weights import TensorWeights, load_weights
 
 if TYPE_CHECKING:
@@ -168,8 +170,13 @@ def iter_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def canonical_names(files: ModelFiles) -> list[str]:
-    """The names a decoder of this configuration needs, in file order of a fresh export."""
-    decoder = Decoder(files.config, PlainParts(device="meta"))
+    """The names a directory's decoder needs, in file order of a fresh export."""
+    return tensor_names(files.config)
+
+
+def tensor_names(config: ModelConfig) -> list[str]:
+    """Canonical names of every parameter of a model."""
+    decoder = Decoder(config, PlainParts(device="meta"))
     return [block.name for blocks in decoder.parameter_map().values() for block in blocks]
 
 
@@ -178,6 +185,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     numerics: str = "reference",
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Loads a model for inference.
 
@@ -186,6 +194,7 @@ def load_model(
         dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
+        adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights.
 
     Raises:
         CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
@@ -196,20 +205,43 @@ def load_model(
             stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
             dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
         decoder = Decoder(files.config, PlainParts(dtype, "meta"))
+
+        def dense(block: LinearBlock) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(block.global_shape, dtype=dtype, device="meta"))
+
         for part in dict.fromkeys(decoder.linears().values()):
-            _replace_source(part, files, device, dtype, numerics)
+            use_packed(part, files, device, numerics, dense)
         decoder.to_empty(device=device)
         load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
         quantization = files.values.get("quantization_config")
+    tokenizer = _tokenizer(files.directory)
+    if adapter is not None:
+        found = read_adapter(adapter)
+        attach_adapter(decoder, found, dtype, device)
+        tokenizer = _adapted_tokenizer(found.directory, tokenizer)
     decoder.requires_grad_(False).eval()
-    return LoadedModel(
-        decoder, files.config, _tokenizer(files.directory), files.directory, quantization or None, numerics
-    )
+    return LoadedModel(decoder, files.config, tokenizer, files.directory, quantization or None, numerics)
 
 
-def _replace_source(
-    part: LinearPart, files: ModelFiles, device: torch.device, dtype: torch.dtype, numerics: str
+def use_packed(
+    part: LinearPart,
+    files: ModelFiles,
+    device: torch.device,
+    numerics: str,
+    dense: Callable[[LinearBlock], torch.nn.Parameter],
 ) -> None:
+    """Lets a linear part multiply with the directory's binary-coded weights, where it has some for it.
+
+    Args:
+        part: holds whole matrices (no tensor parallelism).
+        files: the model directory.
+        device: where to compute.
+        numerics: class of the kernels.
+        dense: makes the parameter of a block that is not binary-coded, in a part where others are.
+
+    Raises:
+        CheckpointError: a packed weight has another shape than the part.
+    """
     quantized = [block for block in part.blocks if block.stem in files.modules]
     if not quantized:
         return
@@ -228,9 +260,21 @@ def _replace_source(
         if block.stem in packed:
             sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics)
         else:
-            weight = torch.nn.Parameter(torch.empty(block.global_shape, dtype=dtype, device="meta"))
-            sources[block.stem] = DenseSource(weight, [block.alone()])
+            sources[block.stem] = DenseSource(dense(block), [block.alone()])
     part.replace_source(SplitSource(sources))
+
+
+def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | None:
+    """The adapter's own tokenizer files, whose chat format may differ from the model's; its ids may not."""
+    adapted = _tokenizer(directory)
+    if adapted is None or base is None:
+        return adapted or base
+    if adapted.digest != base.digest:
+        raise CheckpointError(
+            f"{directory}: the adapter was trained with another tokenizer.json (digest {adapted.digest[:12]}) than the "
+            f"model's ({base.digest[:12]}); give the model that it was trained on"
+        )
+    return adapted
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from hcx.data.token_budget import rounded_up
+from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import violations
 from hcx.errors import ConfigError
-from hcx.recipe.train import TrainRecipe
+from hcx.model.adapters import target_stems
+from hcx.recipe.train import ChatSection, TrainRecipe
 
 Check = Callable[[TrainRecipe, int], Iterator[str]]
 
@@ -36,6 +39,9 @@ def _lengths(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 def _stages_fit(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if not recipe.train.stages or min(recipe.train.steps, recipe.train.global_batch, recipe.data.seq_len) < 1:
+        return
+    if isinstance(recipe.data, ChatSection):
+        yield "train.stages: rows of conversations have their own lengths; stages go with data.kind = shards"
         return
     try:
         plan = recipe.stages
@@ -73,6 +79,49 @@ def _batch_divides(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
         )
 
 
+def _conversations_fit(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    data = recipe.data
+    if not isinstance(data, ChatSection):
+        return
+    if not data.sources:
+        yield "data.sources is empty: name at least one file of conversations"
+    if data.tokenizer is None and recipe.init_from is None:
+        yield "data.tokenizer: conversations need a tokenizer; name its directory, or a model by init_from"
+    for key, value in (("data.window", data.window), ("data.multiple", data.multiple)):
+        if value < 1:
+            yield f"{key} = {value}: must be at least 1"
+    if not 0 <= data.validation_fraction < 1:
+        yield f"data.validation_fraction = {data.validation_fraction}: must be from 0 to below 1"
+    longest = rounded_up(data.seq_len, max(1, data.multiple))
+    if longest > recipe.train.micro_batch:
+        yield (
+            f"train.micro_batch = {recipe.train.micro_batch}: counts tokens with data.kind = chat, and a conversation "
+            f"of data.seq_len = {data.seq_len} tokens does not fit it; nearest: {longest}"
+        )
+    engine = recipe.engine
+    if isinstance(engine, MegatronEngineConfig) and engine.sequence_parallel and data.multiple % engine.tensor_parallel:
+        yield (
+            f"data.multiple = {data.multiple}: with engine.sequence_parallel, row lengths are split over "
+            f"engine.tensor_parallel = {engine.tensor_parallel}; use a multiple of it"
+        )
+
+
+def _objective_suits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if recipe.loss.kind == "sft" and not isinstance(recipe.data, ChatSection):
+        yield "objective.kind = sft: text has no assistant's turns; use data.kind = chat, or kind = next_token"
+
+
+def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if recipe.adapter is None:
+        return
+    if recipe.init_from is None:
+        yield "adapter: low-rank updates go on top of a trained model; name it by init_from"
+    try:
+        target_stems(recipe.adapter.targets, recipe.model)
+    except ConfigError as error:
+        yield str(error)
+
+
 def _sequence_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     for key, value in (("data.seq_len", recipe.data.seq_len), ("validation.seq_len", recipe.validation.seq_len)):
         if value is not None and value > recipe.model.max_seq_len:
@@ -98,7 +147,8 @@ def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 
 def _layout_is_legal(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
-    yield from map(str, violations(recipe.engine, recipe.model, world_size, recipe.data.seq_len))
+    seq_len = None if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
+    yield from map(str, violations(recipe.engine, recipe.model, world_size, seq_len))
 
 
 CHECKS: dict[str, Check] = {
@@ -106,6 +156,9 @@ CHECKS: dict[str, Check] = {
     "the batch divides into micro-batches and replicas": _batch_divides,
     "rows fit the model": _sequence_fits,
     "stages fit the model and the batch": _stages_fit,
+    "conversations fit a micro-batch": _conversations_fit,
+    "the objective suits the data": _objective_suits,
+    "an adapter has a base": _adapter_has_a_base,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

@@ -11,35 +11,32 @@ import torch
 from hcx.artifacts import Input, artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import write_atomically
 from hcx.config import dump_yaml
-from hcx.data import PackedLoader, ShardSet, validation_batches, validation_bytes
-from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.dist import init_process_group, process_environment, rehearsal, seed_everything
 from hcx.engine.base import Engine
 from hcx.engine.build import build_engine
 from hcx.errors import CheckpointError, ConfigError
+from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import export_hf
 from hcx.model.flops import peak_flops, training_flops_per_token
 from hcx.model.load import ModelFiles
 from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
+from hcx.recipe.adapt import adapter_transforms, export_adapter_run
 from hcx.recipe.checks import check_recipe
-from hcx.recipe.train import TrainRecipe
+from hcx.recipe.convert import DTYPES
+from hcx.recipe.data import RunData, open_data
+from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.train import (
     CheckpointReader,
-    NextToken,
-    StagedLoader,
     Trainer,
     TrainResult,
+    build_objective,
     find_checkpoint,
     latest_checkpoint,
     open_checkpoint,
 )
-from hcx.train.loader import Loader
-from hcx.train.validation import ValidationSet
 
 log = get_logger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_training(
@@ -57,11 +54,11 @@ def run_training(
     """
     rank, world_size, _ = process_environment()
     check_recipe(recipe, world_size)
-    shards = ShardSet.open(recipe.data.shards)
-    if recipe.model.vocab_size != shards.vocab_size:
+    data = open_data(recipe)
+    if recipe.model.vocab_size != data.vocab_size:
         raise ConfigError(
-            f"model.vocab_size = {recipe.model.vocab_size}: the tokenizer of {recipe.data.shards} has "
-            f"{shards.vocab_size} entries; set model.vocab_size={shards.vocab_size}"
+            f"model.vocab_size = {recipe.model.vocab_size}: the tokenizer of {data.tokenizer_of} has "
+            f"{data.vocab_size} entries; set model.vocab_size={data.vocab_size}"
         )
     out = Path(recipe.out)
     if recipe.engine.kind == "megatron" and not torch.cuda.is_available():
@@ -70,16 +67,11 @@ def run_training(
     init_process_group()
     reader = _find_checkpoint(out, resume)
     seed_everything(recipe.seed)
-    inputs = [artifact_input("shards", recipe.data.shards)]
+    inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    engine = build_engine(recipe.engine, recipe.model, recipe.optim, (), _weights(recipe), recipe.seed)
-    data, stages = recipe.data, recipe.stages
-    loaders = [
-        PackedLoader(shards, "train", stage.seq_len, recipe.seed, data.shares, data.upsample, data.fim)
-        for stage in stages
-    ]
-    loader: Loader = StagedLoader(stages, loaders) if recipe.train.stages else loaders[0]
+    transforms = adapter_transforms(recipe)
+    engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,31 +83,43 @@ def run_training(
     trainer = Trainer(
         recipe.train,
         engine,
-        loader,
-        NextToken(),
+        data.loader,
+        build_objective(recipe.loss),
         recipe.optim.schedule,
         out,
-        validation=validation_sets(recipe, shards),
+        validation=data.validation,
+        transforms=transforms,
         sinks=sinks,
+        callbacks=data.callbacks,
         resolved=recipe,
         inputs=inputs,
-        flops_per_token=partial(training_flops_per_token, recipe.model),
+        flops_per_token=_flops_per_token(recipe),
         peak_flops=peak_flops(engine.device, dtype) if rank == 0 else 0.0,
         stop=stop,
         prefetch=recipe.data.prefetch,
-        stages=stages,
+        stages=() if isinstance(recipe.data, ChatSection) else recipe.stages,
     )
     try:
         if reader is not None:
             trainer.resume(reader)
         result = trainer.run()
-        if result.finished:
-            _export(recipe, engine, out, shards, trainer, inputs, rank)
+        if result.finished and recipe.adapter is not None:
+            if rank == 0:
+                export_adapter_run(recipe, out, data, _final_checkpoint(out), inputs)
+        elif result.finished:
+            _export(recipe, engine, out, data, trainer, inputs, rank)
     finally:
         for sink in sinks:
             sink.close()
         engine.close()
     return result
+
+
+def _flops_per_token(recipe: TrainRecipe) -> Callable[[int], float] | None:
+    """Of a trained token; None where trained tokens are not the computed ones, or most weights get no gradient."""
+    if isinstance(recipe.data, ChatSection) or recipe.adapter is not None:
+        return None
+    return partial(training_flops_per_token, recipe.model)
 
 
 def _find_checkpoint(out: Path, resume: str) -> CheckpointReader | None:
@@ -134,27 +138,31 @@ def _weights(recipe: TrainRecipe) -> WeightsProvider:
     if recipe.init_from is None:
         return InitWeights(recipe.model, recipe.seed)
     files = ModelFiles(recipe.init_from)
+    _tell_differences(recipe, files.config)
     return TensorWeights(files.weight, recipe.init_from)
 
 
-def validation_sets(recipe: TrainRecipe, shards: ShardSet) -> list[ValidationSet]:
-    """The held-out rows of every language that has some."""
-    seq_len = recipe.validation.seq_len or recipe.data.seq_len
-    sets = []
-    for language in shards.languages:
-        limit = recipe.validation.max_documents
-        if shards.shard(language, "validation").num_documents == 0:
-            continue
-        rows = list(validation_batches(shards, language, seq_len, recipe.validation.micro_batch, limit))
-        sets.append(ValidationSet(language, rows, validation_bytes(shards, language, limit)))
-    return sets
+def _tell_differences(recipe: TrainRecipe, stated: ModelConfig) -> None:
+    """A changed context length is a plan; other numbers that no shape betrays make another model of the weights."""
+    silent = ("norm_eps", "tie_embeddings", "attention_multiplier", "residual_multiplier", "embedding_multiplier")
+    for name in (*silent, "logits_scaling", "use_post_norm", "rope_theta"):
+        mine, theirs = getattr(recipe.model, name), getattr(stated, name)
+        if mine != theirs:
+            log.warning("model.%s = %s, but %s was made with %s", name, mine, recipe.init_from, theirs)
+
+
+def _final_checkpoint(out: Path) -> Path:
+    final = latest_checkpoint(out / "checkpoints")
+    if final is None:
+        raise CheckpointError(f"{out / 'checkpoints'}: the final checkpoint is not there")
+    return final
 
 
 def _export(
     recipe: TrainRecipe,
     engine: Engine,
     out: Path,
-    shards: ShardSet,
+    data: RunData,
     trainer: Trainer,
     inputs: list[Input],
     rank: int,
@@ -165,16 +173,14 @@ def _export(
         for _ in tensors:
             pass
         return
-    final = latest_checkpoint(out / "checkpoints")
-    if final is None:
-        raise CheckpointError(f"{out / 'checkpoints'}: the final checkpoint is not there")
-    made_from = [artifact_input("checkpoint", final), *inputs]
+    made_from = [artifact_input("checkpoint", _final_checkpoint(out)), *inputs]
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
-        tokenizer = shards.directory / TOKENIZER_FOLDER
-        export_hf(artifact.path, recipe.final_model, tensors, tokenizer, DTYPES[recipe.export.dtype])
+        export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, DTYPES[recipe.export.dtype])
+        data.write_tokenizer(artifact.path)
         artifact.counts = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
-            "tokenizer_digest": shards.tokenizer_digest,
+            "tokenizer_digest": data.tokenizer_digest,
+            **({"conversations": dict(data.counts)} if data.counts else {}),
         }
     log.info("model %s (%s)", out / "model", read_manifest(out / "model").config_digest[:12])

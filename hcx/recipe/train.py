@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hcx.config import Config, load_config
+from hcx.config import Config, apply_overrides, decode, resolve_extends
+from hcx.data.chat_rows import ChatSource
 from hcx.data.fim import FimConfig
 from hcx.engine.config import EngineConfig, TorchEngineConfig
+from hcx.model.adapters import LoRAConfig
 from hcx.model.config import ModelConfig
+from hcx.model.load import ModelFiles
 from hcx.obs import TrackingConfig
 from hcx.optim import OptimConfig
 from hcx.train.config import TrainerConfig
+from hcx.train.objectives import NextTokenConfig, ObjectiveConfig, SFTConfig
 from hcx.train.stages import Stage, plan_stages
 
 
 class DataSection(Config):
-    """Which text, in which shares."""
+    """Packed text, in which shares."""
 
+    kind: Literal["shards"] = "shards"
+    """May be left out."""
     shards: str
     """Directory of packed shards (`hcx data build`)."""
     seq_len: int
@@ -36,22 +42,53 @@ class DataSection(Config):
     """Threads that prepare batches ahead, 0 for none; the order does not depend on it."""
 
 
+class ChatSection(Config):
+    """Conversations, batched whole under a token budget: `train.global_batch` and `train.micro_batch` count tokens."""
+
+    kind: Literal["chat"] = "chat"
+    sources: tuple[ChatSource, ...]
+    """Files of conversations, in order; relative paths start where the command runs, or name shipped files."""
+    seq_len: int
+    """Tokens of a conversation at most."""
+    tokenizer: str | None = None
+    """A directory with a tokenizer; the model's of `init_from` if not given."""
+    preamble: str = ""
+    """Opens every conversation that has no system text; the exported model's chat format then does the same."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """A longer conversation loses its last turns, whole, or is left out."""
+    validation_fraction: float = 0.02
+    """Share of the conversations that is held out, by their content; 0 with `validation`, which names files."""
+    validation: tuple[ChatSource, ...] = ()
+    """Files of held-out conversations."""
+    window: int = 4096
+    """Conversations among which lengths are grouped: a larger one fills less and mixes less."""
+    multiple: int = 8
+    """Rows are as long as the longest conversation of their step, rounded up to a multiple of this."""
+    prefetch: int = 1
+    """Threads that prepare batches ahead, 0 for none; the order does not depend on it."""
+
+
+AnyDataSection = Annotated[DataSection | ChatSection, Field(discriminator="kind")]
+
+
 class ValidationSection(Config):
     """How held-out text is scored."""
 
     seq_len: int | None = None
-    """Tokens per row; `data.seq_len` if not given."""
+    """Tokens per row; `data.seq_len` if not given. Conversations are scored whole."""
     micro_batch: int = 8
-    """Rows per forward."""
+    """Rows per forward; conversations go by the token budget of training."""
     max_documents: int | None = None
-    """Held-out documents per language; all if not given."""
+    """Held-out documents per language, or conversations per source; all if not given."""
 
 
 class ExportSection(Config):
-    """The model directory written at the end."""
+    """The model directory written at the end; of an adapter's run, the adapter directory too."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the written weights."""
+    merged: bool = True
+    """Write the model with the adapter merged into its weights, unless those are binary-coded."""
 
 
 class TrainRecipe(Config):
@@ -62,13 +99,18 @@ class TrainRecipe(Config):
     out: str
     """Directory of the run: metrics, checkpoints, the exported model."""
     model: ModelConfig
-    """The decoder."""
+    """The decoder; read from `init_from` if left out."""
     init_from: str | None = None
-    """A MODEL directory whose weights the run starts from; random if not given."""
+    """A MODEL directory whose weights the run starts from; random if not given. Binary-coded ones stay packed and
+    frozen under an `adapter`."""
     seed: int = 0
     """Of initial weights and the order of the data."""
-    data: DataSection
-    """The text."""
+    data: AnyDataSection
+    """The text, or conversations (`kind: chat`)."""
+    objective: ObjectiveConfig | None = None
+    """The loss; what suits the data if not given: `next_token` for text, `sft` for conversations."""
+    adapter: LoRAConfig | None = None
+    """Train a low-rank adapter on top of the frozen model of `init_from`; all weights if not given."""
     train: TrainerConfig
     """Length, batch, intervals."""
     optim: OptimConfig = OptimConfig()
@@ -81,6 +123,13 @@ class TrainRecipe(Config):
     """The model directory."""
     tracking: TrackingConfig = TrackingConfig()
     """Mirrors of the metrics."""
+
+    @property
+    def loss(self) -> NextTokenConfig | SFTConfig:
+        """The objective, resolved."""
+        if self.objective is not None:
+            return self.objective
+        return SFTConfig() if isinstance(self.data, ChatSection) else NextTokenConfig()
 
     @property
     def data_parallel(self) -> int:
@@ -109,9 +158,17 @@ class TrainRecipe(Config):
 
 
 def load_train_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainRecipe:
-    """Reads a recipe with `key=value` overrides applied.
+    """Reads a recipe with `key=value` overrides applied; a recipe without `model` takes the one of `init_from`.
 
     Raises:
         ConfigError: naming the key path, the value and what is allowed.
+        CheckpointError: `init_from` is needed for the model's shape and is no model directory.
     """
-    return load_config(TrainRecipe, path, overrides)
+    values = apply_overrides(resolve_extends(path), overrides)
+    data = values.get("data")
+    if isinstance(data, Mapping) and "kind" not in data:
+        values = {**values, "data": {"kind": "shards", **data}}
+    if "model" not in values and isinstance(values.get("init_from"), str):
+        with ModelFiles(values["init_from"]) as files:
+            values = {**values, "model": files.config.model_dump()}
+    return decode(TrainRecipe, values, str(path))

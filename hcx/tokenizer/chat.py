@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from hcx.errors import DataError
@@ -36,23 +36,74 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 def render_own(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
     """The ids that `CHAT_TEMPLATE` describes; contents are encoded as ordinary text."""
-    special = tokenizer.special_tokens
+    return [token for ids, _ in _own_pieces(tokenizer, messages, add_generation_prompt) for token in ids]
+
+
+def trained_own(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """(ids, which of them an assistant has to produce): its text and the token that closes its turn, not the header."""
     ids: list[int] = []
-    system = ""
+    trained: list[bool] = []
+    for piece, is_answer in _own_pieces(tokenizer, messages, False):
+        ids += piece
+        trained += [is_answer] * len(piece)
+    return ids, trained
+
+
+def _own_pieces(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> Iterator[tuple[list[int], bool]]:
+    special, encode = tokenizer.special_tokens, tokenizer.encode
+    plain = ""
     for number, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "system":
-            system += content + "\n\n"
-        elif role == "user":
-            ids += [special[USER], *tokenizer.encode(system + content), special[END_OF_TURN]]
-            system = ""
-        elif role == "assistant":
-            ids += [special[ASSISTANT], *tokenizer.encode(content), special[END_OF_TURN]]
-        else:
+            # Encoded together with what may follow, as every reader of the template does.
+            plain += content + "\n\n"
+            continue
+        if role not in ("user", "assistant"):
             raise DataError(f"messages[{number}].role = {role!r}: valid: system, user, assistant")
+        yield encode(plain), False
+        plain = ""
+        if role == "user":
+            yield [special[USER], *encode(content), special[END_OF_TURN]], False
+        else:
+            yield [special[ASSISTANT]], False
+            yield [*encode(content), special[END_OF_TURN]], True
+    yield encode(plain), False
     if add_generation_prompt:
-        ids.append(special[ASSISTANT])
-    return ids
+        yield [special[ASSISTANT]], False
+
+
+def trained_foreign(
+    render: Callable[[Sequence[Message], bool], list[int]], messages: Sequence[Message], special_ids: Set[int]
+) -> tuple[list[int], list[bool]]:
+    """`trained_own` for any template: an answer is what stands after the prompt that the model would be given.
+
+    Args:
+        render: (messages, whether to end with the prompt for an answer) -> ids.
+        messages: the conversation.
+        special_ids: what follows an answer's last special token (a line break, in many templates) is not trained.
+
+    Raises:
+        DataError: the template changes earlier turns when later ones are added, so that no such prompt exists.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, whole = render(messages[:number], True), render(messages[: number + 1], False)
+        if prompt[: len(ids)] != ids or whole[: len(prompt)] != prompt:
+            raise DataError(
+                f"messages[{number}]: this chat template writes a conversation differently once it is answered, so "
+                "that the answer cannot be told from its prompt; train with a template that only ever appends"
+            )
+        answer = whole[len(prompt) :]
+        closing = max((place for place, token in enumerate(answer) if token in special_ids), default=len(answer) - 1)
+        trained += [False] * (len(prompt) - len(ids))
+        trained += [place <= closing for place in range(len(answer))]
+        ids = whole
+    return ids, trained
 
 
 def render_foreign(

@@ -16,7 +16,7 @@ from hcx.errors import DataError
 from hcx.tokenizer import chat
 from hcx.tokenizer.alphabet import BYTE_OF, to_bytes
 from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE
-from hcx.tokenizer.special import ASSISTANT, CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, USER
+from hcx.tokenizer.special import ASSISTANT, END_OF_TEXT, END_OF_TURN, USER, chat_template, preamble_of
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -203,16 +203,52 @@ class Tokenizer:
             DataError: the tokenizer has no chat format, or the messages do not fit it.
         """
         chat.check_messages(messages)
-        template = self.chat_template
-        own = all(token in self.special_tokens for token in (USER, ASSISTANT, END_OF_TURN))
-        if own and template in (None, CHAT_TEMPLATE):
-            return chat.render_own(self, messages, add_generation_prompt)
-        if template is None:
+        preamble = self._own_preamble()
+        if preamble is not None:
+            return chat.render_own(self, _opened(messages, preamble), add_generation_prompt)
+        return self._render_foreign(messages, add_generation_prompt)
+
+    def render_training(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+        """A conversation to learn from: the ids of `render_chat`, and which of them the assistant has to produce.
+
+        Trained are an answer's text and the token that closes its turn, not the header before it.
+
+        Raises:
+            DataError: as `render_chat`; or a foreign template has no place where an answer begins.
+        """
+        chat.check_messages(messages)
+        preamble = self._own_preamble()
+        if preamble is not None:
+            return chat.trained_own(self, _opened(messages, preamble))
+        return chat.trained_foreign(self._render_foreign, messages, self._special_ids)
+
+    def with_preamble(self, preamble: str) -> Tokenizer:
+        """This tokenizer with a text that opens every conversation which has no system text of its own.
+
+        Raises:
+            DataError: the tokenizer has a foreign chat template.
+        """
+        if self._own_preamble() is None:
+            raise DataError(
+                "a preamble belongs to our own chat format, and this tokenizer has another; put the text into the "
+                "conversations, as a message with the role system"
+            )
+        config = {**self._config, "chat_template": chat_template(preamble)}
+        return Tokenizer(self.tokenizer_json, config, companions=self.companions)
+
+    def _own_preamble(self) -> str | None:
+        """The preamble of our own chat format, empty for none; None if the tokenizer has another format or no one."""
+        if not all(token in self.special_tokens for token in (USER, ASSISTANT, END_OF_TURN)):
+            return None
+        return "" if self.chat_template is None else preamble_of(self.chat_template)
+
+    def _render_foreign(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[int]:
+        if self.chat_template is None:
             raise DataError(
                 "this tokenizer has no chat template and no role tokens; prompt the model with plain text instead"
             )
         variables = {name: self._text_of(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return chat.render_foreign(self, template, messages, add_generation_prompt, variables)
+        return chat.render_foreign(self, self.chat_template, messages, add_generation_prompt, variables)
 
     def _text_of(self, name: str) -> str | None:
         value = self._config.get(name)
@@ -238,6 +274,12 @@ class Tokenizer:
     @cached_property
     def _byte_level(self) -> bool:
         return "ByteLevel" in json.dumps(json.loads(self.tokenizer_json).get("decoder"))
+
+
+def _opened(messages: Sequence[Mapping[str, Any]], preamble: str) -> Sequence[Mapping[str, Any]]:
+    if not preamble or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": preamble}, *messages]
 
 
 def _checked(text: str) -> str:

@@ -3,13 +3,14 @@
 from hcx.train.checkpoint import CheckpointReader, find_checkpoint, latest_checkpoint, open_checkpoint
 from hcx.train.config import TrainerConfig
 from hcx.train.ledger import read_ledger
-from hcx.train.objectives import NextToken
+from hcx.train.objectives import SFT, NextToken, build_objective
 from hcx.train.resilience import ResilienceConfig
 from hcx.train.saving import CheckpointSaver, save_checkpoint
 from hcx.train.stages import StageConfig, StagedLoader, plan_stages
 from hcx.train.trainer import Trainer, TrainResult
 
 __all__ = [
+    "SFT",
     "CheckpointReader",
     "CheckpointSaver",
     "NextToken",
@@ -19,6 +20,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "TrainerConfig",
+    "build_objective",
     "find_checkpoint",
     "latest_checkpoint",
     "open_checkpoint",

@@ -15,9 +15,9 @@ class TrainerConfig(Config):
     steps: int
     """Optimizer steps of the whole run."""
     global_batch: int
-    """Rows (samples of `seq_len` tokens) per optimizer step, over all replicas."""
+    """Rows (samples of `seq_len` tokens) per optimizer step, over all replicas; with `data.kind: chat`, tokens."""
     micro_batch: int
-    """Rows per forward."""
+    """Rows per forward; with `data.kind: chat`, tokens at most, filling included."""
     stages: tuple[StageConfig, ...] = ()
     """Parts of the run at other sequence lengths, with as many tokens per step; none: `data.seq_len` throughout."""
     validate_every: int = 100

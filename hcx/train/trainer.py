@@ -59,7 +59,7 @@ class TrainResult:
     Attributes:
         step: optimizer steps done.
         finished: whether that is all of them; else it is resumable.
-        bits_per_byte: the last validation.
+        bits_per_byte: the last validation; of conversations, the loss per trained token.
         tokens: trained tokens (targets with weight).
         seconds: time in the loop, in this process.
     """
@@ -409,7 +409,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         self._watchdog.beat(f"validating after step {self.step}")
         values = bits_per_byte(self.engine, self.validation, self._watchdog.beat)
-        self._write({f"validation/bits_per_byte/{language}": value for language, value in values.items()})
+        self._write({f"validation/{held.metric}/{held.language}": values[held.language] for held in self.validation})
         for callback in self.callbacks:
             callback.after_validation(self.step, values)
         return values

@@ -1,7 +1,8 @@
-"""Held-out text in bits per byte, one figure per language.
+"""Held-out text in bits per byte, one figure per language; held-out conversations in nats per trained token.
 
 `bits per byte = sum over documents of -log2 p(tokens, end of document included) / UTF-8 bytes`: independent of the
-tokenizer, so models with different vocabularies compare.
+tokenizer, so models with different vocabularies compare. Of a conversation only the assistant's turns count, and the
+figure is the training loss's own unit.
 """
 
 from __future__ import annotations
@@ -24,17 +25,29 @@ ROUNDS_PER_CALL = 16
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Held-out rows of one language.
+    """Held-out rows of one language, or of one source of conversations.
 
     Attributes:
-        language: of the text.
+        language: of the text, or the source's name.
         micro_batches: every target of the documents once, weight 1.
-        num_bytes: UTF-8 bytes of the documents.
+        num_bytes: UTF-8 bytes of the documents; None: the figure is the loss, in nats per unit of weight.
     """
 
     language: str
     micro_batches: Sequence[MicroBatch]
-    num_bytes: int
+    num_bytes: int | None
+
+    @property
+    def metric(self) -> str:
+        """`bits_per_byte` or `loss`."""
+        return "loss" if self.num_bytes is None else "bits_per_byte"
+
+    @property
+    def divisor(self) -> float:
+        """What a sum of nats is divided by."""
+        if self.num_bytes is not None:
+            return math.log(2) * self.num_bytes
+        return float(sum(batch.weights.double().sum() for batch in self.micro_batches))
 
 
 def negative_log_likelihood(output: ModelOutput, micro_batch: MicroBatch) -> Tensor:
@@ -45,7 +58,7 @@ def negative_log_likelihood(output: ModelOutput, micro_batch: MicroBatch) -> Ten
 def bits_per_byte(
     engine: Engine, sets: Sequence[ValidationSet], progress: Callable[[], None] = nothing
 ) -> dict[str, float]:
-    """Bits per byte by language; collective, the rows are shared out over the replicas.
+    """Each set's figure (`metric`) by its name; collective, the rows are shared out over the replicas.
 
     `progress` is called every few forwards.
     """
@@ -66,5 +79,5 @@ def bits_per_byte(
             summed = torch.tensor(total, dtype=torch.float64, device=engine.device)
             torch.distributed.all_reduce(summed)
             total = float(summed) / (place.world_size / place.dp_size)
-        result[held_out.language] = total / math.log(2) / held_out.num_bytes
+        result[held_out.language] = total / held_out.divisor
     return result

@@ -5,13 +5,15 @@ So quantized and adapted layers keep their tensor parallelism: the part around t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hcx.dist import derived_generator
 from hcx.kernels import PackedWeight, Spec, select
@@ -162,8 +164,27 @@ class LoRASource(WeightSource):
         return names
 
 
+class _PackedProduct(torch.autograd.Function):
+    """`x W^T` with a packed `W`, differentiable in `x`.
+
+    Autograd would keep the dequantized weight of every layer for the backward pass; here it is made again there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return multiply(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return (grad.float() @ ctx.weight.dequantize(torch.float32)).to(grad.dtype), None, None
+
+
 class BCQSource(WeightSource):
     """Binary-coded weights, one `PackedWeight` per stem, multiplied by a kernel of the requested numerics class.
+
+    Differentiable in its input, so that low-rank updates can be trained on top; the weights themselves are frozen.
 
     Args:
         packed: stem -> packed weight, in row order of the fused matrix.
@@ -174,6 +195,7 @@ class BCQSource(WeightSource):
         super().__init__()
         self.stems = tuple(packed)
         self.numerics = numerics
+        self._packed = tuple(packed.values())
         self._backends = []
         self._weights = []
         for weight in packed.values():
@@ -187,7 +209,16 @@ class BCQSource(WeightSource):
         return tuple(backend.name for backend in self._backends)
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = [backend.matmul(x, weight) for backend, weight in zip(self._backends, self._weights, strict=True)]
+        products = [
+            partial(backend.matmul, packed=weight)
+            for backend, weight in zip(self._backends, self._weights, strict=True)
+        ]
+        if torch.is_grad_enabled() and x.requires_grad:
+            outputs = [
+                _PackedProduct.apply(x, weight, product) for weight, product in zip(self._packed, products, strict=True)
+            ]
+        else:
+            outputs = [product(x) for product in products]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def canonical(self) -> ParameterMap:
