@@ -187,8 +187,13 @@ class BCQSource(WeightSource):
         return tuple(backend.name for backend in self._backends)
 
     def forward(self, x: Tensor) -> Tensor:
+        first = self._backends[0]
+        if len(self._weights) == 1:
+            return first.matmul(x, self._weights[0])
+        if all(backend is first for backend in self._backends):
+            return first.matmul_shared(x, self._weights)
         outputs = [backend.matmul(x, weight) for backend, weight in zip(self._backends, self._weights, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return torch.cat(outputs, dim=-1)
 
     def canonical(self) -> ParameterMap:
         return {}  # planes and scales are frozen data, not parameters
