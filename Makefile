@@ -51,8 +51,8 @@ test-kernels:
 	ctest --test-dir build/kernels-test --output-on-failure
 
 sanitize-kernels:
-	cmake -S kernels -B build/kernels-sanitize -DBUILD_TESTING=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-		-DHCX_SANITIZE=address,undefined
+	cmake -S kernels -B build/kernels-sanitize -DBUILD_TESTING=ON -DCMAKE_BUILD_TYPE=Sanitize \
+		-DCMAKE_CXX_FLAGS_SANITIZE='-O1 -g1' -DHCX_SANITIZE=address,undefined
 	cmake --build build/kernels-sanitize --parallel
 	ctest --test-dir build/kernels-sanitize --output-on-failure
 
