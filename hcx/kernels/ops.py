@@ -42,18 +42,20 @@ def _(weight: Tensor, out_features: int, in_features: int) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.weights, ctx.out_features, _ = inputs
+    x, weights, ctx.out_features, _ = inputs
+    ctx.save_for_backward(*weights)
     ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
 
 
-def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[None], None, None]:
     # dX = dY W, one dense matrix at a time.
     total = None
     parts = gradient.float().split(ctx.out_features, dim=-1)
-    for part, weight, rows in zip(parts, ctx.weights, ctx.out_features, strict=True):
+    for part, weight, rows in zip(parts, ctx.saved_tensors, ctx.out_features, strict=True):
         term = part @ torch.ops.hcx.bcq_dequantize(weight, rows, ctx.in_features)
         total = term if total is None else total + term
-    return None if total is None else total.to(ctx.dtype), None, None, None
+    for_x = None if total is None else total.to(ctx.dtype)
+    return for_x, [None] * len(ctx.saved_tensors), None, None
 
 
 bcq_matmul.register_autograd(_input_gradient, setup_context=_keep)

@@ -172,7 +172,7 @@ int32_t hcx_biqgemm_pack(const hcx_bcq_shape* shape, const uint8_t* planes, int6
 
 int32_t hcx_biqgemm_matmul(const void* packed, int64_t packed_bytes, const float* x, int64_t x_stride, int64_t batch,
                            float* y, int64_t y_stride, int32_t threads) {
-    if (x == nullptr || y == nullptr) return HCX_NULL_POINTER;
+    if (batch > 0 && (x == nullptr || y == nullptr)) return HCX_NULL_POINTER;
     if (reinterpret_cast<uintptr_t>(x) % 4 != 0 || reinterpret_cast<uintptr_t>(y) % 4 != 0) return HCX_MISALIGNED;
     Plan plan;
     const int32_t status = read_layout(packed, packed_bytes, plan);

@@ -189,7 +189,7 @@ int32_t hcx_fast_method(int32_t bits, int64_t batch, int32_t isa) {
 
 int32_t hcx_bcq_matmul(const hcx_bcq_weight* weights, int32_t count, const float* x, int64_t x_stride, int64_t batch,
                        float* y, int64_t y_stride, int32_t method, int32_t isa, int32_t threads) {
-    if (weights == nullptr || x == nullptr || y == nullptr) return HCX_NULL_POINTER;
+    if (weights == nullptr || (batch > 0 && (x == nullptr || y == nullptr))) return HCX_NULL_POINTER;
     if (reinterpret_cast<uintptr_t>(x) % 4 != 0 || reinterpret_cast<uintptr_t>(y) % 4 != 0) return HCX_MISALIGNED;
     if (count < 1 || count > kMaxWeights || batch < 0) return HCX_BAD_SHAPE;
     if (method < HCX_FAST || method > HCX_TABLES15) return HCX_BAD_METHOD;
