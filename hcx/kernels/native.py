@@ -212,7 +212,7 @@ class NativeWeight:
 
 def handle_of(packed: Sequence[Tensor]) -> Any:
     """A C array of packed weights; it keeps their memory alive."""
-    handle = (_Weight * len(packed))(*(_Weight(data.data_ptr(), data.numel()) for data in packed))
+    handle: Any = (_Weight * len(packed))(*(_Weight(data.data_ptr(), data.numel()) for data in packed))
     handle.tensors = tuple(packed)
     return handle
 
