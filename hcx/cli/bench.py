@@ -107,10 +107,10 @@ def kernels(
     if as_json:
         print_json([row.as_dict() for row in rows])
         return
-    for case in dict.fromkeys((row.out, row.in_, row.batch, row.threads, row.weights) for row in rows):
-        own = [row for row in rows if (row.out, row.in_, row.batch, row.threads, row.weights) == case]
+    for group in dict.fromkeys((row.out, row.in_, row.batch, row.threads, row.weights) for row in rows):
+        own = [row for row in rows if (row.out, row.in_, row.batch, row.threads, row.weights) == group]
         table(
-            f"{case[0]} x {case[1]}, batch {case[2]}, threads {case[3]}, weights from {case[4]}: microseconds",
+            f"{group[0]} x {group[1]}, batch {group[2]}, threads {group[3]}, weights from {group[4]}: microseconds",
             ("kernel", "bits", "numerics", "p2", "p50", "of floor", "error"),
             [
                 (

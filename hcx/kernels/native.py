@@ -312,7 +312,7 @@ def matmul(
         len(handle),
         rows.data_ptr(),
         in_features,
-        rows.shape[0],
+        rows.numel() // in_features,
         y.data_ptr(),
         out_features,
         code_of(method, METHODS, "method"),
@@ -321,7 +321,7 @@ def matmul(
     )
     if status != 0:
         check(status, "product")
-    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def biqgemm(x: Tensor, weight: NativeWeight, threads: int = 0) -> Tensor:
@@ -335,13 +335,13 @@ def biqgemm(x: Tensor, weight: NativeWeight, threads: int = 0) -> Tensor:
         *_memory(weight.data),
         rows.data_ptr(),
         weight.in_features,
-        rows.shape[0],
+        rows.numel() // weight.in_features,
         y.data_ptr(),
         weight.out_features,
         threads or torch.get_num_threads(),
     )
     check(status, "product")
-    return y.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _rows(x: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
@@ -350,8 +350,9 @@ def _rows(x: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tenso
             f"input is {x.dtype} {tuple(x.shape)} on {x.device}; "
             f"expected floating point [..., {in_features}] on the CPU"
         )
-    rows = x.detach().reshape(-1, in_features).to(torch.float32).contiguous()
-    return rows, torch.empty(rows.shape[0], out_features)
+    # Most calls need no copy, and a decoded token makes hundreds of them.
+    rows = x if x.dtype is torch.float32 and x.is_contiguous() else x.detach().to(torch.float32).contiguous()
+    return rows, torch.empty(*x.shape[:-1], out_features)
 
 
 def table_of(x: Tensor) -> Tensor:
