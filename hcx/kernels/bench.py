@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -258,10 +259,13 @@ def _take_turns(
     times: list[list[float]] = [[] for _ in contenders]
     floors: list[list[float]] = [[] for _ in contenders]
     end, turn = time.perf_counter() + seconds, 0
+    order = random.Random(0)
     repeats = 3 if resident else 1  # the first of them brings the copy into the cache
     with torch.inference_mode():
         while turn < MIN_SAMPLES or time.perf_counter() < end:
-            for number, contender in enumerate(contenders):
+            # No one always follows the same other: what that left in the caches would count as a property of both.
+            for number in order.sample(range(len(contenders)), len(contenders)):
+                contender = contenders[number]
                 copy = turn % contender.copies
                 if contender.memory is not None:
                     other = contender.memory[(copy + contender.copies // 2) % contender.copies]
