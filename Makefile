@@ -14,7 +14,7 @@ OUT ?= demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-long check format bench wheel clean
+.PHONY: help demo test test-long check format bench kernels test-kernels sanitize-kernels wheel clean
 
 help:
 	@echo "make demo       the whole path on real text: data, training, compression, serving, evaluation, report"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-long  what takes longer than the suite may"
 	@echo "make check      formatter, linter, types, import contracts"
 	@echo "make bench      the benchmarks that fit this machine"
+	@echo "make kernels    build the native kernels (also on first use of the others, where a C++ compiler is present)"
+	@echo "make test-kernels, sanitize-kernels   the native tests, plain and under AddressSanitizer and UBSan"
 	@echo "make wheel      build the wheel into dist/"
 
 # The base environment runs the demo; the developer environment adds the test tools and the engines' libraries.
@@ -31,11 +33,28 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
 	$(PIP) --editable '.[eval]'
+	$(MAKE) --no-print-directory kernels || echo "the native kernels were not built; hcx works without them, slower"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable '.[eval,dev,deepspeed,megatron]'
 	touch $@
+
+# In place, for an editable install: hcx looks in build/kernels/. A wheel carries its own library.
+kernels:
+	cmake -S kernels -B build/kernels -DBUILD_TESTING=OFF
+	cmake --build build/kernels --parallel
+
+test-kernels:
+	cmake -S kernels -B build/kernels-test -DBUILD_TESTING=ON
+	cmake --build build/kernels-test --parallel
+	ctest --test-dir build/kernels-test --output-on-failure
+
+sanitize-kernels:
+	cmake -S kernels -B build/kernels-sanitize -DBUILD_TESTING=ON -DCMAKE_BUILD_TYPE=Sanitize \
+		-DCMAKE_CXX_FLAGS_SANITIZE='-O1 -g1' -DHCX_SANITIZE=address,undefined
+	cmake --build build/kernels-sanitize --parallel
+	ctest --test-dir build/kernels-sanitize --output-on-failure
 
 demo: $(VENV)/.base
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/hcx demo --out $(OUT) --minutes $(MINUTES)
@@ -58,6 +77,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/hcx bench train --out runs/bench-train.csv
+	$(BIN)/hcx bench kernels --out runs/bench-kernels.csv
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -5,6 +5,7 @@ It serves from the packed weights: the dense copy lives only during the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ class ReferenceBackend:
 
     name = "reference"
     numerics = "reference"
+    device = "any"
 
     def why_not(self, spec: Spec) -> str | None:
         """It serves everything."""
@@ -34,3 +36,7 @@ class ReferenceBackend:
     def matmul(self, x: Tensor, packed: PackedWeight) -> Tensor:
         """`x @ W^T` in fp32, in the dtype of `x`."""
         return F.linear(x.float(), packed.dequantize(torch.float32)).to(x.dtype)
+
+    def matmul_shared(self, x: Tensor, packed: Sequence[PackedWeight]) -> Tensor:
+        """Products one after the other, concatenated."""
+        return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)

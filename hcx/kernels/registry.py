@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hcx.errors import KernelError
+from hcx.kernels.cpu import BiQGEMMBackend, TableBackend
 from hcx.kernels.format import PackedWeight
 from hcx.kernels.reference import ReferenceBackend
 
@@ -55,6 +56,8 @@ class Backend(Protocol):
     """Shown to users; `--kernel` and HCX_KERNEL take it."""
     numerics: str
     """The class that its results belong to."""
+    device: str
+    """Type of the device it works on, or `any`."""
 
     def why_not(self, spec: Spec) -> str | None:
         """Why it cannot serve a spec, in a sentence; None if it can."""
@@ -68,8 +71,17 @@ class Backend(Protocol):
         """`[..., in] -> [..., out]`."""
         ...
 
+    def matmul_shared(self, x: Tensor, packed: Sequence[Any]) -> Tensor:
+        """The products of several weights with one input, concatenated: work on the input may be done once."""
+        ...
 
-_BACKENDS: list[Backend] = [ReferenceBackend()]
+
+_BACKENDS: list[Backend] = [
+    TableBackend("cpu-fast", "fast", "fast"),
+    TableBackend("cpu-exact", "exact", "tables15"),
+    BiQGEMMBackend(),
+    ReferenceBackend(),
+]
 _reported: set[tuple[str, str]] = set()
 
 
@@ -78,9 +90,13 @@ def backends() -> tuple[Backend, ...]:
     return tuple(_BACKENDS)
 
 
+def _is_enough(backend: Backend, spec: Spec) -> bool:
+    return NUMERICS.index(backend.numerics) >= NUMERICS.index(spec.numerics)
+
+
 def refusal(backend: Backend, spec: Spec) -> str | None:
     """Why a backend is not taken: its class is below the requested one, or its own reason."""
-    if NUMERICS.index(backend.numerics) < NUMERICS.index(spec.numerics):
+    if not _is_enough(backend, spec):
         return f"its numerics are {backend.numerics!r}, below the requested {spec.numerics!r}"
     return backend.why_not(spec)
 
@@ -107,13 +123,25 @@ def select(spec: Spec, kernel: str | None = None, among: Sequence[Backend] | Non
             raise KernelError(f"kernel {kernel!r} cannot serve {spec}: {reason}")
         return named[0]
     reasons: list[tuple[str, str]] = []
+    missed: list[tuple[str, str]] = []
     for backend in candidates:
         reason = refusal(backend, spec)
         if reason is None:
-            for name, why in reasons:
-                if (name, why) not in _reported:
-                    _reported.add((name, why))
-                    log.warning("kernel %s is not used: %s; taking %s", name, why, backend.name)
+            # A backend of another device or a lower class is not missed: only what could have served is reported.
+            _report(missed, backend.name)
             return backend
         reasons.append((backend.name, reason))
+        if backend.device in ("any", spec.device) and _is_enough(backend, spec):
+            missed.append(reasons[-1])
     raise KernelError(f"no kernel can serve {spec}: " + "; ".join(f"{name}: {why}" for name, why in reasons))
+
+
+def _report(missed: list[tuple[str, str]], taken: str) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, why in missed:
+        if (name, why) not in _reported:
+            _reported.add((name, why))
+            by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        verb = "kernel %s is" if len(names) == 1 else "kernels %s are"
+        log.warning(verb + " not used: %s; taking %s", ", ".join(names), why, taken)

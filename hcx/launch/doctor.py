@@ -210,12 +210,6 @@ def _gpu() -> Iterator[Check]:
 
 
 def _build() -> Iterator[Check]:
-    libraries = sorted(p.name for p in Path(hcx.__file__).parent.rglob("*.so"))
-    if libraries:
-        yield Check("build", "native code", "ok", ", ".join(libraries))
-    else:
-        reason = "this is a pure-Python installation: the reference kernels do all work"
-        yield Check("build", "native code", "absent", "none", reason)
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if compiler:
         yield Check("build", "C++ compiler", "ok", compiler)
@@ -279,9 +273,20 @@ def _extras() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    if importlib.util.find_spec("hcx.kernels.registry") is None:
-        return
-    yield Check("kernels", "reference", "ok", "plain torch")
+    from hcx.kernels import Spec, backends, native
+
+    path = native.library_path()
+    if path is None:
+        yield Check(
+            "kernels", "native library", "absent", "none; the reference does all work", native.why_absent() or ""
+        )
+    else:
+        yield Check("kernels", "native library", "ok", native.isa_name(), path)
+    usual = {"out_features": 4096, "in_features": 4096, "bits": 3, "group_size": 128, "has_offset": True}
+    for backend in backends():
+        why = backend.why_not(Spec("cpu" if backend.device == "any" else backend.device, **usual))  # type: ignore[arg-type]
+        remark = why or f"on {'any device' if backend.device == 'any' else backend.device}"
+        yield Check("kernels", backend.name, "absent" if why else "ok", f"numerics {backend.numerics}", remark)
 
 
 def _resources() -> Iterator[Check]:

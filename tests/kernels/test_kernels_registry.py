@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +23,7 @@ class Fake:
     name: str
     numerics: str = "fast"
     reason: str | None = None
+    device: str = "any"
 
     def why_not(self, spec: Spec) -> str | None:
         return self.reason
@@ -30,6 +32,9 @@ class Fake:
         return weight
 
     def matmul(self, x: Tensor, packed: PackedWeight) -> Tensor:
+        return x
+
+    def matmul_shared(self, x: Tensor, packed: Sequence[PackedWeight]) -> Tensor:
         return x
 
 
@@ -64,6 +69,16 @@ def test_falling_back_is_said_once_with_the_reason(caplog: pytest.LogCaptureFixt
     assert [record.getMessage() for record in caplog.records] == [
         "kernel one is not used: groups of 8 are too small; taking reference"
     ]
+
+
+def test_kernels_of_another_device_or_a_lower_class_are_not_reported_as_missed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    elsewhere = Fake("tensor cores", "reference", "the weight is on the CPU", device="cuda")
+    with caplog.at_level(logging.WARNING):
+        chosen = select(spec("reference"), among=[elsewhere, Fake("tables8", "fast"), ReferenceBackend()])
+    assert chosen.name == "reference"
+    assert not caplog.records
 
 
 def test_a_named_kernel_is_honoured_or_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

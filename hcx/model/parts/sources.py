@@ -209,17 +209,19 @@ class BCQSource(WeightSource):
         return tuple(backend.name for backend in self._backends)
 
     def forward(self, x: Tensor) -> Tensor:
-        products = [
-            partial(backend.matmul, packed=weight)
-            for backend, weight in zip(self._backends, self._weights, strict=True)
-        ]
+        kernels = list(zip(self._backends, self._weights, strict=True))
         if torch.is_grad_enabled() and x.requires_grad:
+            products = [partial(backend.matmul, packed=weight) for backend, weight in kernels]
             outputs = [
                 _PackedProduct.apply(x, weight, product) for weight, product in zip(self._packed, products, strict=True)
             ]
-        else:
-            outputs = [product(x) for product in products]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        first = self._backends[0]
+        if len(kernels) == 1:
+            return first.matmul(x, self._weights[0])
+        if all(backend is first for backend in self._backends):
+            return first.matmul_shared(x, self._weights)
+        return torch.cat([backend.matmul(x, weight) for backend, weight in kernels], dim=-1)
 
     def canonical(self) -> ParameterMap:
         return {}  # planes and scales are frozen data, not parameters

@@ -1,0 +1,119 @@
+/* C ABI of the native kernels: products with binary-coded weights on a CPU.
+ *
+ * Knows nothing of torch. Functions return a status, never throw, and check everything that they are given: pointers,
+ * alignment, sizes, and the header of a packed weight. FORMAT.md specifies the canonical tensors; README.md the machine
+ * layout that `hcx_bcq_pack` makes of them. Every function may be called from several threads at once.
+ */
+#ifndef HCX_KERNELS_H
+#define HCX_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define HCX_API __attribute__((visibility("default")))
+#else
+#define HCX_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a signature or a structure below changes. */
+#define HCX_ABI_VERSION 1
+
+typedef enum {
+    HCX_OK = 0,
+    HCX_NULL_POINTER = 1,
+    HCX_MISALIGNED = 2,
+    HCX_BAD_SHAPE = 3,
+    HCX_BAD_BITS = 4,
+    HCX_BAD_GROUP = 5,
+    HCX_BAD_SCALE_DTYPE = 6,
+    HCX_WRONG_SIZE = 7,
+    HCX_BAD_HEADER = 8,
+    HCX_DIFFERENT_INPUTS = 9,
+    HCX_BAD_METHOD = 10,
+    HCX_BAD_ISA = 11,
+    HCX_NO_MEMORY = 12
+} hcx_status;
+
+typedef enum { HCX_FP16 = 0, HCX_BF16 = 1, HCX_FP32 = 2 } hcx_dtype;
+
+/* Rungs of the ladder; each is forced down to what the CPU has, and no other changes a result of a method. */
+typedef enum { HCX_ISA_BEST = 0, HCX_ISA_PORTABLE = 1, HCX_ISA_AVX2 = 2, HCX_ISA_AVX512 = 3 } hcx_isa;
+
+typedef enum {
+    HCX_FAST = 0,    /* the quicker of the next two at this batch, bit width and CPU */
+    HCX_TABLES8 = 1, /* tables of 4 inputs, int8 entries, one scale per 128 inputs */
+    HCX_CODES8 = 2,  /* weights decoded to uint8, activations int8 per 128 inputs, integer matrix product */
+    HCX_TABLES15 = 3 /* tables of 4 inputs, 15-bit entries */
+} hcx_method;
+
+typedef struct {
+    int64_t rows;        /* outputs */
+    int64_t columns;     /* inputs, without padding */
+    int64_t group;       /* inputs per scale: a multiple of 32, or at least `columns` */
+    int32_t bits;        /* planes, 1 to 8 */
+    int32_t scale_dtype; /* hcx_dtype */
+    int32_t has_offset;
+    int32_t reserved; /* 0 */
+} hcx_bcq_shape;
+
+typedef struct {
+    const void* data; /* from hcx_bcq_pack; aligned to 64 bytes */
+    int64_t bytes;
+} hcx_bcq_weight;
+
+HCX_API int32_t hcx_abi_version(void);
+HCX_API const char* hcx_status_text(int32_t status);
+/* The best rung of this CPU. */
+HCX_API int32_t hcx_best_isa(void);
+HCX_API const char* hcx_isa_text(int32_t isa);
+/* The method that HCX_FAST takes. */
+HCX_API int32_t hcx_fast_method(int32_t bits, int64_t batch, int32_t isa);
+
+/* Asks the system for large pages under memory that was not touched yet: fewer address translations while streaming. */
+HCX_API int32_t hcx_advise(void* data, int64_t bytes);
+
+/* Bytes of a packed weight. */
+HCX_API int32_t hcx_bcq_packed_bytes(const hcx_bcq_shape* shape, int64_t* bytes);
+/* Canonical planes [bits, rows, ceil(columns / 8)], scales [bits, rows, groups], fp32 offset [rows, groups] or null ->
+ * the machine layout. `out` is aligned to 64 bytes. */
+HCX_API int32_t hcx_bcq_pack(const hcx_bcq_shape* shape, const uint8_t* planes, int64_t planes_bytes,
+                             const void* scales, int64_t scales_bytes, const float* offset, int64_t offset_bytes,
+                             void* out, int64_t out_bytes);
+/* Writes other scales and offsets, of the dtype that it was packed with, into a packed weight. */
+HCX_API int32_t hcx_bcq_set_scales(void* packed, int64_t packed_bytes, const void* scales, int64_t scales_bytes,
+                                   const float* offset, int64_t offset_bytes);
+/* Checks a packed weight and tells its shape. */
+HCX_API int32_t hcx_bcq_describe(const void* packed, int64_t packed_bytes, hcx_bcq_shape* shape);
+/* The dense weight [rows, columns] in fp32: planes from the first to the last, then the offset. */
+HCX_API int32_t hcx_bcq_dequantize(const void* packed, int64_t packed_bytes, float* out, int64_t out_bytes,
+                                   int32_t threads);
+
+/* y[n, :] = x[n, :] W^T for weights that share one input: their outputs follow each other in a row of y.
+ *
+ * x is fp32 [batch, columns] with rows `x_stride` numbers apart, y fp32 [batch, sum of rows] with rows `y_stride`
+ * apart; any alignment to 4 bytes. The weights have equal `columns` and `group`. A group with an input that is not
+ * finite makes every output not a number. */
+HCX_API int32_t hcx_bcq_matmul(const hcx_bcq_weight* weights, int32_t count, const float* x, int64_t x_stride,
+                               int64_t batch, float* y, int64_t y_stride, int32_t method, int32_t isa, int32_t threads);
+
+/* BiQGEMM (Jeon et al. 2020) with keys of 8 inputs and fp32 tables, as published. Same arguments as above. */
+HCX_API int32_t hcx_biqgemm_packed_bytes(const hcx_bcq_shape* shape, int64_t* bytes);
+HCX_API int32_t hcx_biqgemm_pack(const hcx_bcq_shape* shape, const uint8_t* planes, int64_t planes_bytes,
+                                 const void* scales, int64_t scales_bytes, const float* offset, int64_t offset_bytes,
+                                 void* out, int64_t out_bytes);
+HCX_API int32_t hcx_biqgemm_matmul(const void* packed, int64_t packed_bytes, const float* x, int64_t x_stride,
+                                   int64_t batch, float* y, int64_t y_stride, int32_t threads);
+/* All 256 signed sums of 8 inputs; entry k has +x[t] where bit t of k is set (paper, section 3.2). */
+HCX_API int32_t hcx_biqgemm_table(const float* x, float* table);
+
+/* Reads memory as fast as the CPU can: the floor that benchmarks compare with. */
+HCX_API int32_t hcx_read(const void* data, int64_t bytes, int32_t threads, uint64_t* xor_of_words);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
