@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tested release. On a machine with a GPU, set TORCH to the build that fits its driver.
 TORCH ?= torch==2.13.0
-MINUTES ?= 6
+MINUTES ?= 8
 OUT ?= demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -17,8 +17,12 @@ def _roots() -> list[Path]:
     return [*roots, _PACKAGE / "_resources"]
 
 
-def find_resource(name: str) -> Path:
+def find_resource(name: str, folder: str = "") -> Path:
     """The path of a shipped file or folder, such as `launch/demo.yaml`.
+
+    Args:
+        name: of the file, from the root of a checkout.
+        folder: where such files lie; the error then lists these only.
 
     Raises:
         HcxError: nothing of that name is shipped.
@@ -29,12 +33,16 @@ def find_resource(name: str) -> Path:
     # Of a name outside them, every shipped file is a candidate; the folder itself may hold anything.
     parent = Path(name).parent
     folders = (str(parent),) if parent.parts[:1] and parent.parts[0] in FOLDERS else FOLDERS
-    shipped = [found for folder in folders for found in resource_names(folder)]
-    raise HcxError(f"{name}: not shipped with hcx; {did_you_mean(name, shipped)}")
+    shipped = [found for known in ((folder,) if folder else folders) for found in resource_names(known)]
+    raise HcxError(f"{name}: no such file, and not shipped with hcx; {did_you_mean(name, shipped)}")
 
 
-def find_file(name: str | Path) -> Path:
+def find_file(name: str | Path, folder: str = "") -> Path:
     """A file that a user names: their own path first, else one that ships with hcx under this name.
+
+    Args:
+        name: a path, or the name of a shipped file.
+        folder: where shipped files of this kind lie.
 
     Raises:
         HcxError: neither exists.
@@ -44,7 +52,7 @@ def find_file(name: str | Path) -> Path:
         return path
     if path.is_absolute():
         raise HcxError(f"{path}: no such file")
-    return find_resource(str(name))
+    return find_resource(str(name), folder)
 
 
 def resource_names(folder: str, suffix: str = ".yaml") -> list[str]:

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="directory of everything the demo makes")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(help="time for training; the rest takes a few minutes more")] = 6.0,
+    minutes: Annotated[float, typer.Option(help="time for training; the rest takes a few minutes more")] = 8.0,
     quick: Annotated[bool, typer.Option("--quick", help="a check of the path: little training, few items")] = False,
 ) -> None:
     """Text to tokenizer, shards, training, compression, serving, evaluation and one report. Run again, it goes on."""

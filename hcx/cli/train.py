@@ -30,7 +30,7 @@ def train(
     from hcx.model.flops import parameter_count
     from hcx.recipe import check_recipe, load_train_recipe
 
-    loaded = load_train_recipe(find_file(recipe), overrides or ())
+    loaded = load_train_recipe(find_file(recipe, "launch/train"), overrides or ())
     rank, world_size, _ = process_environment()
     check_recipe(loaded, None if world_size == 1 else world_size)
     if dry_run:

@@ -30,7 +30,7 @@ def enable() -> None:
     """
     global _enabled
     if torch.cuda.is_available():
-        raise LaunchError("rehearsal redirects CUDA calls to the CPU, but CUDA is available; run without --rehearse")
+        raise LaunchError("rehearsal redirects CUDA calls to the CPU, but CUDA is available: the libraries run there as they are")
     _enabled = True
 
 
@@ -77,8 +77,8 @@ def redirected() -> Iterator[None]:
         return
     if not _enabled:
         raise LaunchError(
-            "megatron-core needs CUDA, and this machine has none; "
-            "rehearse the run at tiny width on CPU processes with: hcx train RECIPE --rehearse"
+            "megatron-core needs CUDA, and this machine has none; hcx train rehearses such a run on CPU processes, "
+            "and other programs do so after hcx.dist.rehearsal.enable()"
         )
     if _depth:
         yield

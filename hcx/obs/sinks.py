@@ -86,16 +86,22 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"{path}:{number}: not a JSON line") from None
 
 
+CONSOLE = ("train/loss", "train/lr", "train/grad_norm", "train/skipped", "throughput/tokens_per_s")
+"""What the console shows of a training step; the JSONL file has everything."""
+
+
 class ConsoleSink:
-    """One log line per `every` steps."""
+    """One log line per `every` steps, and one for every row that is not of a step."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = max(1, every)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         is_training_row = "train/loss" in metrics
-        if is_training_row and step % self.every and step != 1:
-            return
+        if is_training_row:
+            if step % self.every and step != 1:
+                return
+            metrics = {name: metrics[name] for name in CONSOLE if name in metrics}
         log.info("step %d  %s", step, "  ".join(f"{name}={value:.5g}" for name, value in metrics.items()))
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ def test_importing_redirects_nothing(disabled: None) -> None:
 
 
 def test_without_enabling_the_user_is_told_to_rehearse(disabled: None) -> None:
-    with pytest.raises(LaunchError, match="--rehearse"), rehearsal.redirected():
+    with pytest.raises(LaunchError, match="hcx train rehearses"), rehearsal.redirected():
         pass
 
 
