@@ -242,6 +242,7 @@ def use_packed(
     device: torch.device,
     numerics: str,
     dense: Callable[[LinearBlock], torch.nn.Parameter],
+    differentiable: bool = False,
 ) -> None:
     """Lets a linear part multiply with the directory's binary-coded weights, where it has some for it.
 
@@ -251,6 +252,7 @@ def use_packed(
         device: where to compute.
         numerics: class of the kernels.
         dense: makes the parameter of a block that is not binary-coded, in a part where others are.
+        differentiable: gradients shall flow through to what comes before the part.
 
     Raises:
         CheckpointError: a packed weight has another shape than the part.
@@ -266,12 +268,12 @@ def use_packed(
                 f"{files.directory}: {block.stem} is {shape}, the configuration says {block.global_shape}"
             )
     if len(quantized) == len(part.blocks):
-        part.replace_source(BCQSource(packed, numerics))
+        part.replace_source(BCQSource(packed, numerics, differentiable))
         return
     sources: dict[str, WeightSource] = {}
     for block in part.blocks:
         if block.stem in packed:
-            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics)
+            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics, differentiable)
         else:
             sources[block.stem] = DenseSource(dense(block), [block.alone()])
     part.replace_source(SplitSource(sources))
