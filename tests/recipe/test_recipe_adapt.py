@@ -125,6 +125,21 @@ def test_held_out_conversations_are_scored_in_nats_per_trained_token_and_improve
         assert all(name in row for row in trained)
 
 
+def test_the_command_prints_the_loss_by_source_and_what_it_wrote(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(directory, directory / "base", "printed")
+    assert hcx("train", recipe, "train.steps=2", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["loss"]) == {"chat"}
+    assert hcx("train", recipe, "train.steps=2") == 0
+    assert f"adapter: {directory / 'printed' / 'adapter'}\nmodel: {directory / 'printed' / 'model'}" in (
+        capsys.readouterr().out
+    )
+    assert hcx("train", recipe, "--dry-run") == 0
+    # Six steps of 512 tokens: the batch counts tokens, so no row length multiplies it.
+    assert " 3,072 tokens" in capsys.readouterr().out
+
+
 def test_checkpoints_convert_to_the_adapter_and_the_model_that_the_run_wrote(directory: Path, tmp_path: Path) -> None:
     checkpoint = directory / "run" / "checkpoints" / "step-000006"
     assert hcx("convert", checkpoint, tmp_path / "peft", "--to", "peft") == 0
