@@ -82,9 +82,7 @@ class HcxLM(TemplateLM):
         self.decoder = loaded.decoder.eval()
         self.config = loaded.config
         self.pretrained = str(loaded.directory)
-        has_format = adapter is not None and (Path(adapter) / "tokenizer.json").is_file()
-        # The chat format that an adapter was trained with may differ from its model's.
-        self.tokenizer = transformers_tokenizer(adapter if has_format and adapter is not None else loaded.directory)
+        self.tokenizer = transformers_tokenizer(loaded.tokenizer_directory)
         self.tokenizer = configure_pad_token(self.tokenizer)
         self.add_bos_token = add_bos_token
         self.numerics = numerics

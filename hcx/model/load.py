@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hcx.artifacts import is_complete, read_manifest
+from hcx.artifacts import artifact_input, is_complete, read_manifest
 from hcx.errors import CheckpointError, KernelError
 from hcx.kernels import PackedWeight
 from hcx.model.adapters import attach_adapter
@@ -25,9 +25,12 @@ from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
 from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
 from hcx.model.weights import TensorWeights, load_weights
+from hcx.obs import get_logger
 
 if TYPE_CHECKING:
     from hcx.tokenizer import Tokenizer
+
+log = get_logger(__name__)
 
 QUANT_METHOD = "bcq"
 
@@ -152,6 +155,7 @@ class LoadedModel:
         directory: where it came from.
         quantization: `quantization_config` of a binary-coded model, or None.
         numerics: the class that its kernels keep.
+        adapter: the directory of the low-rank updates beside its weights, or None.
     """
 
     decoder: Decoder
@@ -160,6 +164,14 @@ class LoadedModel:
     directory: Path
     quantization: dict[str, Any] | None
     numerics: str = "reference"
+    adapter: Path | None = None
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer's files are: an adapter's chat format may differ from its model's."""
+        if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
+            return self.adapter
+        return self.directory
 
 
 def iter_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -216,11 +228,12 @@ def load_model(
         quantization = files.values.get("quantization_config")
     tokenizer = _tokenizer(files.directory)
     if adapter is not None:
-        found = read_adapter(adapter)
-        attach_adapter(decoder, found, dtype, device)
-        tokenizer = _adapted_tokenizer(found.directory, tokenizer)
+        adapter = Path(adapter)
+        attach_adapter(decoder, read_adapter(adapter), dtype, device)
+        tokenizer = _adapted_tokenizer(adapter, tokenizer)
+        _tell_other_base(adapter, files.directory)
     decoder.requires_grad_(False).eval()
-    return LoadedModel(decoder, files.config, tokenizer, files.directory, quantization or None, numerics)
+    return LoadedModel(decoder, files.config, tokenizer, files.directory, quantization or None, numerics, adapter)
 
 
 def use_packed(
@@ -229,6 +242,7 @@ def use_packed(
     device: torch.device,
     numerics: str,
     dense: Callable[[LinearBlock], torch.nn.Parameter],
+    differentiable: bool = False,
 ) -> None:
     """Lets a linear part multiply with the directory's binary-coded weights, where it has some for it.
 
@@ -238,6 +252,7 @@ def use_packed(
         device: where to compute.
         numerics: class of the kernels.
         dense: makes the parameter of a block that is not binary-coded, in a part where others are.
+        differentiable: gradients shall flow through to what comes before the part.
 
     Raises:
         CheckpointError: a packed weight has another shape than the part.
@@ -253,15 +268,24 @@ def use_packed(
                 f"{files.directory}: {block.stem} is {shape}, the configuration says {block.global_shape}"
             )
     if len(quantized) == len(part.blocks):
-        part.replace_source(BCQSource(packed, numerics))
+        part.replace_source(BCQSource(packed, numerics, differentiable))
         return
     sources: dict[str, WeightSource] = {}
     for block in part.blocks:
         if block.stem in packed:
-            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics)
+            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics, differentiable)
         else:
             sources[block.stem] = DenseSource(dense(block), [block.alone()])
     part.replace_source(SplitSource(sources))
+
+
+def _tell_other_base(adapter: Path, directory: Path) -> None:
+    """An adapter may go on a compressed copy of its model; that it does is worth a word."""
+    if not (is_complete(adapter) and is_complete(directory)):
+        return
+    made_on = [item for item in read_manifest(adapter).inputs if item.role == "model"]
+    if made_on and made_on[0].digest != artifact_input("model", directory).digest:
+        log.warning("%s was trained on %s, which is another model than %s", adapter, made_on[0].path, directory)
 
 
 def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | None:

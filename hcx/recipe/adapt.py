@@ -49,7 +49,7 @@ class PackedBase(ModelTransform):
             )
         with ModelFiles(self._directory) as files:
             for part in dict.fromkeys(cast(Decoder, chunk).linears().values()):
-                use_packed(part, files, part.parts.device, "reference", _Rows(part))
+                use_packed(part, files, part.parts.device, "reference", _Rows(part), differentiable=True)
 
 
 class _Rows:

@@ -26,6 +26,8 @@ from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
 from hcx.recipe.train import ChatSection, TrainRecipe
+from hcx.tokenizer import Tokenizer
+from hcx.tokenizer.codec import TOKENIZER_JSON
 from hcx.train import (
     CheckpointReader,
     Trainer,
@@ -60,6 +62,7 @@ def run_training(
             f"model.vocab_size = {recipe.model.vocab_size}: the tokenizer of {data.tokenizer_of} has "
             f"{data.vocab_size} entries; set model.vocab_size={data.vocab_size}"
         )
+    _check_base(recipe, data)
     out = Path(recipe.out)
     if recipe.engine.kind == "megatron" and not torch.cuda.is_available():
         log.info("no CUDA device: Megatron-core's CUDA calls are redirected to the CPU (rehearsal)")
@@ -113,6 +116,18 @@ def run_training(
             sink.close()
         engine.close()
     return result
+
+
+def _check_base(recipe: TrainRecipe, data: RunData) -> None:
+    """The model that a run starts from must read the ids of its data as they were written."""
+    if recipe.init_from is None or not (Path(recipe.init_from) / TOKENIZER_JSON).is_file():
+        return
+    digest = Tokenizer.load(recipe.init_from).digest
+    if digest != data.tokenizer_digest:
+        raise ConfigError(
+            f"init_from = {recipe.init_from}: its tokenizer.json (digest {digest[:19]}) is not that of the data "
+            f"({data.tokenizer_of}, {data.tokenizer_digest[:19]}); make the data with the model's tokenizer"
+        )
 
 
 def _flops_per_token(recipe: TrainRecipe) -> Callable[[int], float] | None:

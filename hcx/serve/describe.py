@@ -13,7 +13,8 @@ def describe_model(loaded: LoadedModel, max_seq: int) -> dict[str, Any]:
     """Fields of `/v1/models` beyond OpenAI's.
 
     `numerics` is the class that the kernels keep (`reference`, `exact` or `fast`); `full` for a model without
-    binary-coded weights. `bits` is bits per weight of the coded matrices, or of the dense type.
+    binary-coded weights. `bits` is bits per weight of the coded matrices, or of the dense type. `adapter` names the
+    directory of low-rank updates beside the weights.
     """
     weight = loaded.decoder.output_weight()
     dense = str(weight.dtype).removeprefix("torch.")
@@ -23,6 +24,7 @@ def describe_model(loaded: LoadedModel, max_seq: int) -> dict[str, Any]:
         "dtype": dense,
         "device": str(weight.device),
         "tokenizer_digest": None if loaded.tokenizer is None else loaded.tokenizer.digest,
+        "adapter": None if loaded.adapter is None else loaded.adapter.resolve().name,
     }
     if loaded.quantization is None:
         return {**described, "numerics": "full", "bits": weight.element_size() * 8, "quantization": None, "kernels": []}

@@ -363,7 +363,7 @@ class Trainer:
         place = self.engine.topology
         sources = Counter(source for batch in batches for source in batch.sources)
         samples = tuple(sample for batch in batches for sample in batch.sample_ids)
-        rows = sum(batch.tokens.shape[0] for batch in batches)
+        rows = len(samples)  # rows that only fill a batch have no number
         if place.world_size == 1:
             return _Global(sources, samples, rows, action)
         # One rank answers for each replica.

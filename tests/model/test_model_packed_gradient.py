@@ -22,7 +22,7 @@ def source(seed: int = 0) -> tuple[BCQSource, Tensor]:
         stem: quantize(torch.randn(shape, generator=generator), 3, 32, scale_dtype=torch.float32)
         for stem, shape in STEMS.items()
     }
-    return BCQSource(packed), torch.cat([weight.dequantize() for weight in packed.values()])
+    return BCQSource(packed, differentiable=True), torch.cat([weight.dequantize() for weight in packed.values()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

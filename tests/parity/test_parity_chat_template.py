@@ -6,15 +6,23 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from hcx.data.chat_rows import Conversation
 from hcx.data.chat_samples import encode_conversations
 from hcx.generate import Generator
+from hcx.model.adapters import Adapter
+from hcx.model.convert.peft import write_adapter
 from hcx.model.load import LoadedModel, load_model
 from hcx.serve.config import ServeConfig
 from hcx.testing.serving import running_server
-from hcx.testing.tiny import tiny_model_directory
+from hcx.testing.tiny import tiny_config, tiny_decoder, tiny_model_directory
 from hcx.tokenizer import Tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from hcx.evals.lm import HcxLM  # noqa: E402  # needs lm-eval
 
 QUESTION = [
     {"role": "user", "content": "대한민국의 수도는?"},
@@ -63,12 +71,8 @@ def test_training_evaluation_serving_and_transformers_see_the_same_ids(
     # What is trained begins where the served prompt ends.
     last_turn = [n for n in range(len(samples.ids)) if samples.trained[n] and not samples.trained[n - 1]][-1]
     assert last_turn == len(ids)
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    from hcx.evals.lm import HcxLM
-
     lm = HcxLM(loaded)
     assert lm.tok_encode(lm.apply_chat_template(messages)) == ids
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     theirs = transformers.AutoTokenizer.from_pretrained(str(Path(loaded.directory)), local_files_only=True)
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
 
@@ -76,16 +80,9 @@ def test_training_evaluation_serving_and_transformers_see_the_same_ids(
 def test_an_adapter_is_served_and_evaluated_with_the_format_it_was_trained_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hcx.evals.lm import HcxLM
-    from hcx.model.adapters import Adapter
-    from hcx.model.convert.peft import write_adapter
-    from hcx.testing.tiny import tiny_config, tiny_decoder
-
     directory = tiny_model_directory(tmp_path / "model")
     stem = "model.layers.0.mlp.down_proj"
     shape = tiny_decoder(tiny_config()).linears()[stem].blocks[0].global_shape
-    import torch
-
     tensors = {f"{stem}.lora_A.weight": torch.randn(2, shape[1]), f"{stem}.lora_B.weight": torch.randn(shape[0], 2)}
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", Adapter(2, 4.0, ("down_proj",), tensors, tmp_path), "model")
@@ -96,3 +93,6 @@ def test_an_adapter_is_served_and_evaluated_with_the_format_it_was_trained_with(
     assert ids == tuned.render_chat(QUESTION) != Tokenizer.load(directory).render_chat(QUESTION)
     lm = HcxLM(directory, adapter=tmp_path / "adapter")
     assert lm.tok_encode(lm.apply_chat_template(QUESTION)) == ids
+    with running_server(loaded, ServeConfig(model_name="tuned")) as (url, _):
+        (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (model["id"], model["adapter"]) == ("tuned", "adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from hcx.recipe import check_recipe, load_train_recipe
 from hcx.recipe.adapt import PackedBase
 from hcx.recipe.data import open_data
 from hcx.testing.tiny import TINY_TEXT, tiny_model_directory
-from hcx.tokenizer import Tokenizer
+from hcx.tokenizer import Tokenizer, train_tokenizer
 
 TOLERANCE = 1e-5
 """fp32 on one CPU: the same products in another order. Of logits, relative to the largest."""
@@ -67,6 +68,9 @@ def write_recipe(directory: Path, base: Path, name: str, **changes: Any) -> Path
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapt")
     tiny_model_directory(path / "base")
+    # The same weights under another tokenizer.
+    tiny_model_directory(path / "other", with_tokenizer=False)
+    train_tokenizer(TINY_TEXT[2:4], 384).save(path / "other")
     rows = [
         {"prompt": TINY_TEXT[number % 5][: 8 + number], "response": TINY_TEXT[(number + 1) % 5][: 3 + 2 * number]}
         for number in range(40)
@@ -119,6 +123,21 @@ def test_held_out_conversations_are_scored_in_nats_per_trained_token_and_improve
     trained = [row for row in rows if "train/loss" in row]
     for name in ("data/padding", "data/epoch", "train/likely"):
         assert all(name in row for row in trained)
+
+
+def test_the_command_prints_the_loss_by_source_and_what_it_wrote(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(directory, directory / "base", "printed")
+    assert hcx("train", recipe, "train.steps=2", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["loss"]) == {"chat"}
+    assert hcx("train", recipe, "train.steps=2") == 0
+    assert f"adapter: {directory / 'printed' / 'adapter'}\nmodel: {directory / 'printed' / 'model'}" in (
+        capsys.readouterr().out
+    )
+    assert hcx("train", recipe, "--dry-run") == 0
+    # Six steps of 512 tokens: the batch counts tokens, so no row length multiplies it.
+    assert " 3,072 tokens" in capsys.readouterr().out
 
 
 def test_checkpoints_convert_to_the_adapter_and_the_model_that_the_run_wrote(directory: Path, tmp_path: Path) -> None:
@@ -196,12 +215,25 @@ def test_what_was_trained_with_a_preamble_is_asked_with_it(directory: Path) -> N
 
 
 def test_an_adapter_of_another_tokenizer_is_refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = tiny_model_directory(directory / "other", with_tokenizer=False)
-    from hcx.tokenizer import train_tokenizer
-
-    train_tokenizer(TINY_TEXT[2:4], 384).save(other)
-    assert hcx("generate", other, "--adapter", directory / "run" / "adapter", "--prompt", "a") == 2
+    assert hcx("generate", directory / "other", "--adapter", directory / "run" / "adapter", "--prompt", "a") == 2
     assert "another tokenizer.json" in capsys.readouterr().err
+
+
+def test_an_adapter_on_another_model_than_its_own_is_told(
+    directory: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    assert hcx("convert", directory / "base", tmp_path / "one", "--to", "hcx") == 0
+    assert hcx("train", write_recipe(directory, tmp_path / "one", "on-one")) == 0
+    compress_model(tmp_path / "one", tmp_path / "coded", CompressPlan.model_validate({"default": {"bits": 4}}))
+    adapter = directory / "on-one" / "adapter"
+    # The command line's logger does not pass its records on.
+    logger = logging.getLogger("hcx.model.load")
+    logger.addHandler(caplog.handler)
+    for model, told in ((tmp_path / "one", False), (tmp_path / "coded", True)):
+        caplog.clear()
+        load_model(model, adapter=adapter)
+        assert ("which is another model than" in caplog.text) == told
+    logger.removeHandler(caplog.handler)
 
 
 def test_a_run_starts_from_an_adapter_and_refuses_another_shape(
@@ -313,6 +345,7 @@ def test_text_has_no_assistant_and_an_adapter_needs_a_base(tmp_path: Path) -> No
         ),
         (("convert", "base", "out", "--to", "peft", "--adapter", "run/adapter"), "goes with --to hf or hcx"),
         (("train", "run.yaml", "data.sources=[{path: none.jsonl}]", "out=fresh"), "none.jsonl: no such file"),
+        (("train", "run.yaml", "data.tokenizer=other", "out=fresh"), "make the data with the model's tokenizer"),
         (("train", "run.yaml", "data.tokenizer=nowhere", "out=fresh"), "nowhere"),
         (("train", "run.yaml", "init_from=nowhere", "out=fresh"), "nowhere: no such model directory"),
     ],

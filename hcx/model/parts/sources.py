@@ -184,18 +184,20 @@ class _PackedProduct(torch.autograd.Function):
 class BCQSource(WeightSource):
     """Binary-coded weights, one `PackedWeight` per stem, multiplied by a kernel of the requested numerics class.
 
-    Differentiable in its input, so that low-rank updates can be trained on top; the weights themselves are frozen.
-
     Args:
         packed: stem -> packed weight, in row order of the fused matrix.
         numerics: `reference`, `exact` or `fast`; the kernel is never below it.
+        differentiable: keep the packed form too, for gradients of the input: low-rank updates can then be trained on
+            top. The weights themselves are always frozen.
     """
 
-    def __init__(self, packed: Mapping[str, PackedWeight], numerics: str = "reference") -> None:
+    def __init__(
+        self, packed: Mapping[str, PackedWeight], numerics: str = "reference", differentiable: bool = False
+    ) -> None:
         super().__init__()
         self.stems = tuple(packed)
         self.numerics = numerics
-        self._packed = tuple(packed.values())
+        self._kept = tuple(packed.values()) if differentiable else ()
         self._backends = []
         self._weights = []
         for weight in packed.values():
@@ -209,19 +211,23 @@ class BCQSource(WeightSource):
         return tuple(backend.name for backend in self._backends)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = list(zip(self._backends, self._weights, strict=True))
-        if torch.is_grad_enabled() and x.requires_grad:
-            products = [partial(backend.matmul, packed=weight) for backend, weight in kernels]
-            outputs = [
-                _PackedProduct.apply(x, weight, product) for weight, product in zip(self._packed, products, strict=True)
-            ]
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if self._kept and torch.is_grad_enabled() and x.requires_grad:
+            return self._differentiable(x)
         first = self._backends[0]
-        if len(kernels) == 1:
+        if len(self._weights) == 1:
             return first.matmul(x, self._weights[0])
         if all(backend is first for backend in self._backends):
             return first.matmul_shared(x, self._weights)
-        return torch.cat([backend.matmul(x, weight) for backend, weight in kernels], dim=-1)
+        outputs = [backend.matmul(x, weight) for backend, weight in zip(self._backends, self._weights, strict=True)]
+        return torch.cat(outputs, dim=-1)
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        products = zip(self._kept, self._backends, self._weights, strict=True)
+        outputs = [
+            _PackedProduct.apply(x, weight, partial(backend.matmul, packed=prepacked))
+            for weight, backend, prepacked in products
+        ]
+        return torch.cat(outputs, dim=-1)
 
     def canonical(self) -> ParameterMap:
         return {}  # planes and scales are frozen data, not parameters
