@@ -100,7 +100,7 @@ def test_the_independent_analyser_gives_surface_places() -> None:
 
 
 def test_encoding_needs_no_analyser(monkeypatch) -> None:
-    tokenizer = train_tokenizer(["학교에서 공부했다. " * 20], 512, algorithm=MorphemeBpe(), analyser=kiwi())
+    tokenizer = train_tokenizer(["학교에서 공부했다. " * 20], 512, algorithm=MorphemeBpe(crossing=0), analyser=kiwi())
     for name in ("kiwipiepy", "sentencepiece"):
         monkeypatch.setitem(sys.modules, name, None)
     assert tokenizer.decode(tokenizer.encode("학교에서")) == "학교에서"

@@ -22,7 +22,7 @@ from hcx.testing.tokenizers import AWKWARD, VOCAB_SIZE, mixed_lines, tokenizer_o
 from hcx.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from hcx.tokenizer.alphabet import BYTE_OF, to_alphabet, to_bytes
 from hcx.tokenizer.patterns import PATTERNS
-from hcx.tokenizer.pieces import DELIMITER, count_pieces
+from hcx.tokenizer.pieces import DELIMITER, count_pieces, soften
 from hcx.tokenizer.recipe import MorphemeBpe
 from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE, learn, merges_of
 
@@ -172,6 +172,17 @@ def test_no_token_crosses_a_boundary_that_every_occurrence_has() -> None:
     _, tokens = learn({f"ab{DELIMITER}cd": 50, "abc": 1}, 6)
     assert "abcd" not in tokens
     assert {"ab", "cd"} <= set(tokens)
+
+
+def test_a_pair_across_a_boundary_counts_its_share_and_one_inside_counts_whole() -> None:
+    counts = {f"ab{DELIMITER}cd": 7, "ef": 3}
+    assert soften(counts, 0.25) == {f"ab{DELIMITER}cd": 525, "abcd": 175, "ef": 300}
+    assert soften(counts, 0) == {f"ab{DELIMITER}cd": 700, "ef": 300}
+    assert soften(counts, 1) == {"abcd": 700, "ef": 300}
+    # "ab|cd" occurs 100 times: at a tenth it is merged after what occurs 11 times, and before what occurs 9 times.
+    text = {f"ab{DELIMITER}cd": 100, "xy": 11, "zw": 9}
+    _, tokens = learn(soften(text, 0.1), 6)
+    assert tokens == ["ab", "cd", "xy", "abcd", "zw"]
 
 
 def test_merges_are_all_splits_of_a_token_in_learned_order_and_overlapping_ones_leftmost_first() -> None:
