@@ -33,14 +33,14 @@ class TokenizerReport:
     unavailable: Sequence[str] = ()
     sources: dict[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """For `--json` and `report.json`."""
-        return {
-            "compression": [row.to_json() for row in self.compression],
-            "boundaries": [row.to_json() for row in self.boundaries],
-            "unavailable": list(self.unavailable),
-            "sources": self.sources,
-        }
+    def to_json(self) -> list[dict[str, Any]]:
+        """For `--json` and `report.json`: rows, each with the `kind` of what it holds."""
+        return [
+            *({"kind": "compression", **row.to_json()} for row in self.compression),
+            *({"kind": "boundaries", **row.to_json()} for row in self.boundaries),
+            *({"kind": "source", "tokenizer": name, "source": path} for name, path in self.sources.items()),
+            *({"kind": "unavailable", "reason": reason} for reason in self.unavailable),
+        ]
 
 
 def write_tokenizer_report(report: TokenizerReport, out: str | Path) -> Path:

@@ -10,9 +10,10 @@ from pathlib import Path
 from hcx.data.recipe import EmbeddedSource, StdlibSource
 from hcx.data.sources import read_source
 from hcx.tokenizer import Tokenizer, train_tokenizer
+from hcx.tokenizer.morphemes import KiwiAnalyser
 from hcx.tokenizer.recipe import MorphemeBpe
 
-TRAINING_BYTES = 400_000
+TRAINING_BYTES = 300_000
 """Of each language: learnt in seconds, and enough for whole Korean words to become tokens."""
 
 VOCAB_SIZE = 4096
@@ -62,7 +63,13 @@ def tokenizer_of(
     """A tokenizer of `VOCAB_SIZE` ids, learnt from `TRAINING_BYTES` of each language."""
     texts = [text for language in languages for text in texts_of(language)[0]]
     algorithm = MorphemeBpe.model_validate({"granularity": granularity, "space_runs": 16})
-    return train_tokenizer(texts, VOCAB_SIZE, pattern, algorithm)
+    return train_tokenizer(texts, VOCAB_SIZE, pattern, algorithm, None if granularity == "none" else analyser())
+
+
+@cache
+def analyser() -> KiwiAnalyser:
+    """Kiwi, which takes a second to start."""
+    return KiwiAnalyser()
 
 
 @cache

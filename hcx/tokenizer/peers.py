@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcx.errors import DataError, MissingExtra, did_you_mean
+from hcx.errors import DataError, did_you_mean
 from hcx.tokenizer import peer_formats
 from hcx.tokenizer.codec import TOKENIZER_JSON, Tokenizer
 
@@ -125,32 +125,28 @@ def load_measured(source: str | Path, packages: Path | None = None) -> Measured:
 
 
 def _read(path: Path, name: str) -> Measured:
-    if path.is_dir() or path.name == TOKENIZER_JSON:
-        return _hugging_face(path, name)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or directory")
     for matches, reader in (
         (path.suffix == ".tiktoken", peer_formats.read_tiktoken),
         (path.suffix == ".gguf", peer_formats.read_gguf),
         (path.name.startswith("tekken") and path.suffix == ".json", peer_formats.read_tekken),
         (".model" in path.suffixes, peer_formats.read_sentencepiece),
     ):
-        if matches:
+        if matches and not path.is_dir():
             try:
                 vocab_size, encode, token_bytes = reader(path)
-            except (DataError, MissingExtra):
-                raise
             except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
                 raise DataError(f"{path}: damaged, or not what its name says: {error}") from None
             return Measured(name, vocab_size, encode, token_bytes, str(path))
-    raise DataError(
-        f"{path}: not a known kind of tokenizer; valid: a directory with {TOKENIZER_JSON}, *.tiktoken, *.gguf, "
-        f"tekken*.json, *.model, or {PACKAGE}NAME with NAME among {', '.join(PEERS)}"
-    )
+    if path.is_file() and path.name != TOKENIZER_JSON:
+        raise DataError(
+            f"{path}: not a known kind of tokenizer; valid: a directory with {TOKENIZER_JSON}, *.tiktoken, *.gguf, "
+            f"tekken*.json, *.model, or {PACKAGE}NAME with NAME among {', '.join(PEERS)}"
+        )
+    return _hugging_face(path, name)
 
 
 def _hugging_face(path: Path, name: str) -> Measured:
-    directory = path if path.is_dir() else path.parent
+    directory = path.parent if path.name == TOKENIZER_JSON else path
     try:
         tokenizer = Tokenizer.load(directory)
     except DataError as error:

@@ -18,6 +18,8 @@ DELIMITER = "\ue000"
 """Marks a morpheme boundary inside a pattern piece. Pieces are written in the byte alphabet, which lacks it, so text
 that holds this very character cannot be mistaken for a boundary."""
 
+_HUNDRED = 100
+
 _BATCH_CHARACTERS = 1_000_000
 """Text that is analysed at once: enough for the analyser's threads, and little memory."""
 
@@ -59,6 +61,33 @@ def count_pieces(
     for parts, count in raw.items():
         mapped[DELIMITER.join(map(to_alphabet, parts))] += count
     return mapped
+
+
+def soften(counts: Mapping[str, int], crossing: float) -> Counter[str]:
+    """Lets merges cross boundaries when they are frequent enough.
+
+    Each piece is counted twice, with its boundaries and without, in the ratio of `1 - crossing` to `crossing`. So an
+    occurrence of a pair across a boundary counts `crossing`, and one inside counts 1.
+
+    Args:
+        counts: of pieces with `DELIMITER`.
+        crossing: 0 to 1, to a hundredth.
+
+    Returns:
+        Counts in hundredths.
+    """
+    without = round(_HUNDRED * crossing)
+    softened: Counter[str] = Counter()
+    for piece, count in counts.items():
+        whole = piece.replace(DELIMITER, "")
+        if whole == piece:
+            softened[piece] += _HUNDRED * count
+            continue
+        if without < _HUNDRED:
+            softened[piece] += (_HUNDRED - without) * count
+        if without:
+            softened[whole] += without * count
+    return softened
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

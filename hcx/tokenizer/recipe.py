@@ -23,8 +23,12 @@ class MorphemeBpe(Config):
 
     kind: Literal["morpheme-bpe"] = "morpheme-bpe"
     granularity: Literal["none", "fine", "coarse"] = "coarse"
-    """`fine`: no merge across any morpheme. `coarse`: a stem and its tail of particles or endings are the pieces.
+    """`fine`: every morpheme is a piece. `coarse`: a stem and its tail of particles or endings are the pieces.
     `none`: no analyser; the same trainer without boundaries, for comparisons."""
+    crossing: float = Field(default=0.2, ge=0, le=1)
+    """How much an occurrence counts towards a merge across a boundary; inside a piece it counts 1. 0: nothing crosses;
+    with a large vocabulary that costs every sixth byte per token, because the commonest words cannot become tokens.
+    1: as if there were no boundaries."""
     space_runs: int = Field(default=0, ge=0, le=64)
     """Every run of 2 to this many spaces is one token, for indented code; 0: only the runs that the text teaches."""
     max_piece_bytes: int = Field(default=64, ge=4)

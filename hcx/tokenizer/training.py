@@ -13,7 +13,7 @@ from hcx.obs import get_logger
 from hcx.tokenizer.alphabet import BYTE_OF
 from hcx.tokenizer.morphemes import Analyser, KiwiAnalyser
 from hcx.tokenizer.patterns import PATTERNS, Pattern
-from hcx.tokenizer.pieces import count_pieces
+from hcx.tokenizer.pieces import count_pieces, soften
 from hcx.tokenizer.recipe import MorphemeBpe, PlainBpe
 from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE, learn, merges_of
 from hcx.tokenizer.special import CHAT_TEMPLATE, END_OF_TEXT, SPECIAL_TOKENS, VOCAB_MULTIPLE, spare
@@ -97,6 +97,7 @@ def _train_morphemes(
         counts = count_pieces(texts, split)
     else:
         counts = count_pieces(texts, split, analyser or KiwiAnalyser(), algorithm.granularity)
+        counts = soften(counts, algorithm.crossing)
     num_merges = vocab_size - len(SPECIAL_TOKENS) - len(BYTE_OF)
     model, tokens = learn(counts, num_merges, algorithm.max_piece_bytes, algorithm.space_runs)
     vocabulary = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *sorted(BYTE_OF), *tokens))}

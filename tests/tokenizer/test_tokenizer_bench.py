@@ -30,16 +30,6 @@ def test_libraries_with_the_same_vocabulary_give_the_same_ids(mode) -> None:
             assert (row.ratio, row.ratio_low, row.ratio_high) == (1, 1, 1)
 
 
-def test_tiktoken_joins_the_same_tokens_on_10000_mixed_lines() -> None:
-    pytest.importorskip("tiktoken", reason="tiktoken (extra peers) is not installed")
-    pytest.importorskip("sentencepiece", reason="sentencepiece (extra korean) is not installed")
-    pytest.importorskip("kiwipiepy", reason="kiwipiepy (extra korean) is not installed")
-    from hcx.testing.tokenizers import mixed_lines, tokenizer_of
-
-    rows = measure_encoding(tokenizer_of("coarse"), {"mixed": mixed_lines()}, "batch", 1)
-    assert {row.library: row.same_ids for row in rows}["tiktoken"]
-
-
 def test_the_command_appends_rows_and_prints_json(tmp_path, capsys) -> None:
     train_tokenizer(TINY_TEXT, 512).save(tmp_path / "tokenizer")
     arguments = ["bench", "tokenizer", str(tmp_path / "tokenizer"), "--quick", "--json", "--out"]

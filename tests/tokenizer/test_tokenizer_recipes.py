@@ -56,7 +56,7 @@ def test_shards_are_built_with_a_morpheme_aware_tokenizer(tmp_path) -> None:
         DataRecipe,
         {
             "languages": {"ko": {"share": 1, "sources": [{"kind": "jsonl", "path": "text.jsonl"}]}},
-            "tokenizer": {"kind": "train", "vocab_size": 512, "algorithm": {"kind": "morpheme-bpe"}},
+            "tokenizer": {"kind": "train", "vocab_size": 512, "algorithm": {"kind": "morpheme-bpe", "crossing": 0}},
         },
         "recipe.yaml",
     )

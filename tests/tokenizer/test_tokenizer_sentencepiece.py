@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ from hcx.testing.tokenizers import AWKWARD, VOCAB_SIZE, mixed_lines, tokenizer_o
 from hcx.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from hcx.tokenizer.alphabet import BYTE_OF, to_alphabet, to_bytes
 from hcx.tokenizer.patterns import PATTERNS
-from hcx.tokenizer.pieces import DELIMITER, count_pieces
+from hcx.tokenizer.pieces import DELIMITER, count_pieces, soften
 from hcx.tokenizer.recipe import MorphemeBpe
 from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE, learn, merges_of
 
@@ -53,36 +54,47 @@ def test_every_byte_is_a_token_even_those_that_no_text_had() -> None:
     assert {bytes([byte]) for byte in range(256)} <= single
 
 
-def _sentencepiece_ids(tokenizer: Tokenizer, pattern: str = "llama3"):
+def sentencepiece_tokens(tokenizer: Tokenizer, texts: Sequence[str], pattern: str = "llama3") -> list[list[bytes]]:
+    """What SentencePiece itself makes of the pattern's pieces of each text."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.companions[SENTENCEPIECE_FILE])
     split = Split(Regex(PATTERNS[pattern].regex), "isolated")
+    pieces = [[piece for piece, _ in split.pre_tokenize_str(text)] for text in texts]
+    unique = list(dict.fromkeys(piece for row in pieces for piece in row))
+    rows = processor.encode([to_alphabet(piece) for piece in unique], out_type=str)
+    tokens = {piece: [to_bytes(token) for token in row] for piece, row in zip(unique, rows, strict=True)}
+    return [[token for piece in row for token in tokens[piece]] for row in pieces]
 
-    def encode(text: str) -> list[bytes]:
-        pieces = [to_alphabet(piece) for piece, _ in split.pre_tokenize_str(text)]
-        return [to_bytes(token) for row in processor.encode(pieces, out_type=str) for token in row]
 
-    return encode
+def as_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
+    return [tokenizer.token_bytes(i) for i in ids]
 
 
 @pytest.mark.parametrize(("granularity", "pattern"), [("coarse", "llama3"), ("fine", "llama3"), ("coarse", "qwen2")])
 def test_the_converted_file_cuts_10000_mixed_lines_as_sentencepiece_itself_does(granularity: str, pattern: str) -> None:
     tokenizer = tokenizer_of(granularity, pattern=pattern)
-    theirs = _sentencepiece_ids(tokenizer, pattern)
-    differing = [
-        line
-        for line, ids in zip(mixed_lines(), tokenizer.encode_batch(mixed_lines()), strict=True)
-        if [tokenizer.token_bytes(i) for i in ids] != theirs(line)
-    ]
+    lines = mixed_lines()
+    theirs = sentencepiece_tokens(tokenizer, lines, pattern)
+    ours = [as_bytes(tokenizer, ids) for ids in tokenizer.encode_batch(lines)]
+    differing = [line for line, a, b in zip(lines, ours, theirs, strict=True) if a != b]
     assert not differing, f"{len(differing)} lines, such as {differing[0]!r}"
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_tiktoken_joins_the_same_tokens_on_10000_mixed_lines(pattern: str) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken (extra peers) is not installed")
+    tokenizer = tokenizer_of("coarse", pattern=pattern)
+    special = set(tokenizer.special_tokens.values())
+    ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size) if i not in special}
+    encoding = tiktoken.Encoding("x", pat_str=PATTERNS[pattern].regex, mergeable_ranks=ranks, special_tokens={})
+    assert [encoding.encode_ordinary(line) for line in mixed_lines()] == tokenizer.encode_batch(mixed_lines())
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from(" \n-=*#_/aAx0가다"), min_size=2, max_size=80))
 def test_runs_and_repetitions_are_merged_in_sentencepieces_order(text: str) -> None:
-    tokenizer = coarse()
-    assert [tokenizer.token_bytes(i) for i in tokenizer.encode(text)] == _sentencepiece_ids(tokenizer)(text)
+    assert [as_bytes(coarse(), coarse().encode(text))] == sentencepiece_tokens(coarse(), [text])
 
 
 @pytest.mark.parametrize("pattern", sorted(PATTERNS))
@@ -123,13 +135,13 @@ def test_threads_processes_and_repetition_change_nothing() -> None:
         "analyser=KiwiAnalyser(int(sys.argv[1])))\n"
         "print(t.digest, hashlib.sha256(t.companions['hcx_bpe.model']).hexdigest())"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program, workers], capture_output=True, text=True, check=True, env=None
-        ).stdout
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program, workers], stdout=subprocess.PIPE, text=True)
         for workers in ("1", "3")
-    }
-    assert len(outputs) == 1
+    ]
+    first, second = (run.communicate()[0] for run in runs)
+    assert all(run.returncode == 0 for run in runs)
+    assert first == second
 
 
 def test_the_sentencepiece_model_is_kept_beside_the_file_and_survives_saving(tmp_path) -> None:
@@ -160,6 +172,17 @@ def test_no_token_crosses_a_boundary_that_every_occurrence_has() -> None:
     _, tokens = learn({f"ab{DELIMITER}cd": 50, "abc": 1}, 6)
     assert "abcd" not in tokens
     assert {"ab", "cd"} <= set(tokens)
+
+
+def test_a_pair_across_a_boundary_counts_its_share_and_one_inside_counts_whole() -> None:
+    counts = {f"ab{DELIMITER}cd": 7, "ef": 3}
+    assert soften(counts, 0.25) == {f"ab{DELIMITER}cd": 525, "abcd": 175, "ef": 300}
+    assert soften(counts, 0) == {f"ab{DELIMITER}cd": 700, "ef": 300}
+    assert soften(counts, 1) == {"abcd": 700, "ef": 300}
+    # "ab|cd" occurs 100 times: at a tenth it is merged after what occurs 11 times, and before what occurs 9 times.
+    text = {f"ab{DELIMITER}cd": 100, "xy": 11, "zw": 9}
+    _, tokens = learn(soften(text, 0.1), 6)
+    assert tokens == ["ab", "cd", "xy", "abcd", "zw"]
 
 
 def test_merges_are_all_splits_of_a_token_in_learned_order_and_overlapping_ones_leftmost_first() -> None:
