@@ -16,7 +16,10 @@ from hcx.data.texts import read_texts
 from hcx.errors import DataError
 from hcx.testing.collection import shared_data
 
-KOREAN = "다음 중 조선 시대에 한강의 물길을 따라 세곡을 나르던 배가 닿은 나루로 알맞은 것은 어느 것인가? 마포나루 뚝섬 광나루 두물머리"
+KOREAN = (
+    "다음 중 조선 시대에 한강의 물길을 따라 세곡을 나르던 배가 닿은 나루로 알맞은 것은 어느 것인가? "
+    "마포나루 뚝섬 광나루 두물머리"
+)
 ENGLISH = (
     "A farmer walks from the village to the river and back again with seven buckets of water "
     "and three empty baskets each morning"

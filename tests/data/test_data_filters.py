@@ -324,7 +324,8 @@ def test_what_is_near_does_not_depend_on_the_process() -> None:
     code = (
         "from hcx.data.filters import *\nfrom hcx.data.document import Document\n"
         "texts = [' '.join(str(n * n) for n in range(k, k + 60)) for k in range(40)]\n"
-        "kept = NearDeduplicator(NearDuplicateConfig(threshold=0.4)).keep(Document(t, 's', str(i)) for i, t in enumerate(texts))\n"
+        "documents = [Document(text, 's', str(n)) for n, text in enumerate(texts)]\n"
+        "kept = NearDeduplicator(NearDuplicateConfig(threshold=0.4)).keep(documents)\n"
         "print([d.name for d in kept])"
     )
     runs = [

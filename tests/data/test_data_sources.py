@@ -43,10 +43,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def write_parquet(path: Path, rows: list[dict]) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="extra text")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+    arrow = pytest.importorskip("pyarrow", reason="extra text")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="extra text")
+    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=3)
 
 
 def recipe(*sources, **fields) -> DataRecipe:
