@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -318,21 +321,19 @@ def test_korean_spacing_does_not_hide_a_near_duplicate() -> None:
 
 
 def test_what_is_near_does_not_depend_on_the_process() -> None:
-    import subprocess
-    import sys
-
     code = (
-        "from hcx.data.filters import *\nfrom hcx.data.document import Document\n"
+        "from hcx.data.filters import NearDeduplicator, NearDuplicateConfig\n"
+        "from hcx.data.document import Document\n"
         "texts = [' '.join(str(n * n) for n in range(k, k + 60)) for k in range(40)]\n"
         "documents = [Document(text, 's', str(n)) for n, text in enumerate(texts)]\n"
         "kept = NearDeduplicator(NearDuplicateConfig(threshold=0.4)).keep(documents)\n"
-        "print([d.name for d in kept])"
+        "names = [document.name for document in kept]\n"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": str(seed)}
-        ).stdout
-        for seed in (1, 2)
-    ]
-    assert runs[0] == runs[1]
-    assert runs[0].count("'") < 80
+    here: dict[str, list[str]] = {}
+    exec(code, here)
+    environment = {**os.environ, "PYTHONHASHSEED": "17"}
+    there = subprocess.run(
+        [sys.executable, "-c", code + "print(*names)"], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert there.split() == here["names"]
+    assert 1 < len(here["names"]) < 20
