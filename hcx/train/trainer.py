@@ -147,7 +147,7 @@ class Trainer:
         self.sources = Counter(state.get("sources", {}))
         self._watch.load_state_dict(state.get("watch", {}))
         if self._ledger is not None:
-            self._ledger.restore(state.get("ledger"))
+            self._ledger.restore(state.get("ledger"), reader.directory)
         if self._stages:
             # A switch that lies right here is still to come: it belongs to the next step.
             self._stage = stage_at(self._stages, max(0, self.step - 1))
