@@ -104,10 +104,21 @@ class Ledger:
         """What a checkpoint keeps to go on after `segment`."""
         return self._previous if segment is None else {"file": segment.file, "digest": segment.digest}
 
-    def restore(self, state: Mapping[str, str] | None) -> None:
-        """Goes on after a checkpoint."""
+    def restore(self, state: Mapping[str, str] | None, checkpoint: Path) -> None:
+        """Goes on after a checkpoint; of another run's, the segments are copied, so that the chain stays whole.
+
+        Raises:
+            CheckpointError: a segment is missing or is not the one that was written.
+        """
         self._rows.clear()
         self._previous = None if state is None else dict(state)
+        source = _beside(checkpoint)
+        if state is None or source.resolve() == self.directory.resolve():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for file, data in _back(source, state["file"], state["digest"]):
+            if not (self.directory / file).exists():
+                write_atomically(self.directory / file, data)
 
 
 def read_ledger(checkpoint: str | Path) -> list[dict[str, Any]]:
@@ -120,13 +131,17 @@ def read_ledger(checkpoint: str | Path) -> list[dict[str, Any]]:
     named = next((item for item in read_manifest(checkpoint, "checkpoint").inputs if item.role == ROLE), None)
     if named is None:
         return []
-    # Beside the checkpoints, wherever the run was moved to.
-    directory = checkpoint.parent.parent / FOLDER
-    pieces = list(_back(directory, Path(named.path).name, named.digest))
-    return [row for piece in reversed(pieces) for row in piece]
+    pieces = [data for _, data in _back(_beside(checkpoint), Path(named.path).name, named.digest)]
+    return [json.loads(line) for data in reversed(pieces) for line in data.decode().splitlines()[1:]]
 
 
-def _back(directory: Path, file: str, digest: str) -> Iterator[list[dict[str, Any]]]:
+def _beside(checkpoint: Path) -> Path:
+    """The ledger of a checkpoint's run, wherever the run was moved to."""
+    return checkpoint.parent.parent / FOLDER
+
+
+def _back(directory: Path, file: str, digest: str) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of a segment and of those before it, the last one first."""
     while True:
         path = directory / file
         try:
@@ -135,11 +150,11 @@ def _back(directory: Path, file: str, digest: str) -> Iterator[list[dict[str, An
             raise CheckpointError(f"{path}: a piece of the ledger cannot be read ({error.strerror})") from None
         if digest_bytes(data) != digest:
             raise CheckpointError(f"{path}: does not match its digest; the ledger is damaged or was edited")
-        head, *rows = [json.loads(line) for line in data.decode().splitlines()]
-        yield rows
-        if head["previous"] is None:
+        yield file, data
+        previous = json.loads(data[: data.index(b"\n")])["previous"]
+        if previous is None:
             return
-        file, digest = head["previous"]["file"], head["previous"]["digest"]
+        file, digest = previous["file"], previous["digest"]
 
 
 def _plain(value: Any) -> Any:

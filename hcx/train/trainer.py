@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed
-
 from hcx.artifacts import Input
 from hcx.config import Config
 from hcx.data.batch import MicroBatch
@@ -25,8 +22,11 @@ from hcx.errors import CheckpointError, TrainingError
 from hcx.model.transforms import ModelTransform
 from hcx.obs import Progress, Sink, get_logger
 from hcx.optim import Schedule, lr_factor
+from hcx.train.callbacks import Callback
 from hcx.train.checkpoint import CheckpointReader, find_checkpoint
 from hcx.train.config import TrainerConfig
+from hcx.train.exchange import GlobalStep, any_rank, exchange
+from hcx.train.keeper import CheckpointKeeper
 from hcx.train.ledger import Ledger, as_ranges
 from hcx.train.loader import Loader
 from hcx.train.resilience import Action, StepWatch, Verdict
@@ -40,16 +40,6 @@ log = get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"
 STALLS = "stalls"
-
-
-class Callback:
-    """Observes a run; every hook has a neutral default and runs on every rank."""
-
-    def after_step(self, step: int, stats: StepStats, metrics: dict[str, float]) -> None:
-        """After optimizer step `step` (counted from 1); may add metrics."""
-
-    def after_validation(self, step: int, values: Mapping[str, float]) -> None:
-        """After a validation."""
 
 
 @dataclass
@@ -69,23 +59,6 @@ class TrainResult:
     bits_per_byte: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Global:
-    """What a step took from all replicas.
-
-    Attributes:
-        sources: rows of each source.
-        samples: numbers of the samples, in order of the replicas.
-        rows: how many.
-        action: the greatest that any rank wants.
-    """
-
-    sources: Counter[str]
-    samples: tuple[int, ...]
-    rows: int
-    action: Action
 
 
 class Trainer:
@@ -140,7 +113,7 @@ class Trainer:
         self._stage = stage_at(self._stages, 0) if self._stages else None
         self.step = 0
         self.tokens = 0
-        self.samples = 0
+        self.rows = 0
         self.sources: Counter[str] = Counter()
         rank = engine.topology.rank
         self._watch = StepWatch(config.resilience, config.max_skipped_steps)
@@ -154,8 +127,7 @@ class Trainer:
             self._ledger,
             self._watchdog.beat,
         )
-        self._begun_save = self._saved_step = -1
-        self._save_s = 0.0
+        self._keeper = CheckpointKeeper(config, self._saver, self._event)
 
     def resume(self, reader: CheckpointReader) -> None:
         """Continues after a checkpoint: masters, optimizer state, position in the data, transforms, judgement."""
@@ -171,15 +143,15 @@ class Trainer:
         for transform, saved in zip(self.transforms, state.get("transforms", []), strict=False):
             transform.load_state_dict(saved)
         self.step, self.tokens = int(state["step"]), int(state.get("tokens", 0))
-        self.samples = int(state.get("rows", self.step * self.config.global_batch))
+        self.rows = int(state.get("rows", self.step * self.config.global_batch))
         self.sources = Counter(state.get("sources", {}))
         self._watch.load_state_dict(state.get("watch", {}))
         if self._ledger is not None:
-            self._ledger.restore(state.get("ledger"))
+            self._ledger.restore(state.get("ledger"), reader.directory)
         if self._stages:
             # A switch that lies right here is still to come: it belongs to the next step.
             self._stage = stage_at(self._stages, max(0, self.step - 1))
-        self._begun_save = self._saved_step = self.step
+        self._keeper.resumed(self.step)
         log.info("resumed from %s at step %d", reader.directory, self.step)
 
     def run(self) -> TrainResult:
@@ -207,7 +179,7 @@ class Trainer:
             self.engine.set_rope_theta(self._stage.rope_theta)
         if self.validation and self.step == 0 and config.validate_every:
             last = self._validate()
-        if config.resilience.rewinds and self._saved_step < 0 and self.step < config.steps:
+        if config.resilience.rewinds and self._keeper.saved < 0 and self.step < config.steps:
             self._save()  # something to go back to
         while self.step < config.steps:
             rewound = False
@@ -216,7 +188,7 @@ class Trainer:
                     reason = self._agree(request.reason or (self._stop() if self._stop else None))
                     if reason is not None:
                         log.warning("stopping at step %d because of %s; run again to resume", self.step, reason)
-                        self._save_for_good()
+                        self._save(for_good=True)
                         return TrainResult(self.step, False, last, self.tokens, time.monotonic() - start)
                     rewound = self._train_step(steps)
                     progress.done = self.step - 1
@@ -232,7 +204,7 @@ class Trainer:
                         self._save()
         for transform in self.transforms:
             transform.finalize(self.engine)
-        self._save_for_good()
+        self._save(for_good=True)
         return TrainResult(self.step, True, last, self.tokens, time.monotonic() - start)
 
     def _batches(self) -> Generator[list[MicroBatch]]:
@@ -265,7 +237,7 @@ class Trainer:
         limits, refused = self._watch.limits(), self._watch.engine_limits()
         stats = self.engine.train_step(StepBatch(index, batches, *refused), self.objective, factor)
         verdict = self._watch.judge(stats, limits)
-        whole = self._exchange(batches, verdict.action)
+        whole = exchange(self.engine.topology, batches, verdict.action)
         if verdict.action < whole.action:
             verdict = Verdict(whole.action, "another rank's judgement")
         if verdict.action is not Action.ACCEPT:
@@ -301,11 +273,11 @@ class Trainer:
         }
         self._event(index + 1, "stage", values)
 
-    def _advance(self, whole: _Global, stats: StepStats, refused: str | None) -> None:
+    def _advance(self, whole: GlobalStep, stats: StepStats, refused: str | None) -> None:
         """Books a step that is done."""
         self.step += 1
         self.tokens += 0 if stats.skipped else round(stats.weight)
-        self.samples += whole.rows
+        self.rows += whole.rows
         self.sources.update(whole.sources)
         if self._ledger is not None:
             row: dict[str, Any] = {"loss": stats.loss, "grad_norm": stats.grad_norm, "weight": stats.weight}
@@ -316,11 +288,11 @@ class Trainer:
 
     def _leave_out(self, batches: Sequence[MicroBatch]) -> None:
         """A step on the list: its samples pass by, and nothing is computed."""
-        whole = self._exchange(batches, Action.ACCEPT)
+        whole = exchange(self.engine.topology, batches, Action.ACCEPT)
         self._advance(whole, StepStats(0.0, 0.0, grad_norm=math.nan, skipped=True), "left out")
         self._write({"train/skipped": 1.0, "train/tokens": float(self.tokens)})
 
-    def _report(self, verdict: Verdict, stats: StepStats, whole: _Global) -> None:
+    def _report(self, verdict: Verdict, stats: StepStats, whole: GlobalStep) -> None:
         action = verdict.action.name.lower()
         log.warning("step %d: %s; policy: %s", self.step + 1, verdict.reason, action)
         details = {
@@ -335,7 +307,7 @@ class Trainer:
     def _abort(self, verdict: Verdict, before: Mapping[str, Any]) -> None:
         """Saves the state before the bad step, which made no update, and ends the run."""
         self.loader.load_state_dict(before)
-        self._save_for_good()
+        self._save(for_good=True)
         raise TrainingError(
             f"step {self.step + 1}: {verdict.reason}. The state before it is the checkpoint of step {self.step} in "
             f"{self.directory / CHECKPOINTS}, the samples are in {self.directory / 'metrics.jsonl'}; lower optim.lr, "
@@ -345,7 +317,7 @@ class Trainer:
     def _rewind(self, verdict: Verdict) -> None:
         """Back to the last good checkpoint; the bad step is left out when the run comes by again."""
         bad = self.step
-        self._saver_done(self._saver.finish())
+        self._keeper.settle()
         self._watchdog.beat(f"going back from step {bad + 1}")
         reader = find_checkpoint(self.directory / CHECKPOINTS, up_to=bad)
         if reader is None:
@@ -358,26 +330,6 @@ class Trainer:
             sink.rewind(self.step)
         self._event(bad + 1, "rewind", {"to_step": self.step, "left_out": [step + 1 for step in left_out]})
 
-    def _exchange(self, batches: Sequence[MicroBatch], action: Action) -> _Global:
-        """Sources and samples of the global batch, and the decision that holds for every rank."""
-        place = self.engine.topology
-        sources = Counter(source for batch in batches for source in batch.sources)
-        samples = tuple(sample for batch in batches for sample in batch.sample_ids)
-        rows = len(samples)  # rows that only fill a batch have no number
-        if place.world_size == 1:
-            return _Global(sources, samples, rows, action)
-        # One rank answers for each replica.
-        answers = place.tp_rank == place.pp_rank == 0
-        everyone: list[Any] = [None] * place.world_size
-        mine = (sources, samples, rows) if answers else (Counter(), (), 0)
-        torch.distributed.all_gather_object(everyone, (*mine, action))
-        return _Global(
-            sum((part[0] for part in everyone), Counter()),
-            tuple(sample for part in everyone for sample in part[1]),
-            sum(part[2] for part in everyone),
-            max(part[3] for part in everyone),
-        )
-
     def _metrics(self, stats: StepStats, factor: float, seconds: float, seq_len: int) -> dict[str, float]:
         rate = stats.weight / seconds
         metrics = {
@@ -388,8 +340,8 @@ class Trainer:
             "throughput/tokens_per_s": rate,
             "throughput/step_s": seconds,
         }
-        if self._save_s:
-            metrics["throughput/checkpoint_s"], self._save_s = self._save_s, 0.0
+        if saving := self._keeper.take_seconds():
+            metrics["throughput/checkpoint_s"] = saving
         if self._peak_flops and self._flops_per_token is not None:
             flops = rate * self._flops_per_token(seq_len)
             metrics["throughput/mfu"] = flops / (self._peak_flops * self.engine.topology.world_size)
@@ -425,27 +377,17 @@ class Trainer:
     def _agree(self, reason: str | None) -> str | None:
         """A stop that any rank asks for is everyone's; a checkpoint that no rank is writing any more goes on."""
         self._watchdog.beat(f"waiting for the other ranks before step {self.step + 1}")
-        pending = self._saver.pending
-        if self.engine.topology.world_size > 1:
-            flags = torch.tensor([reason is not None, pending], dtype=torch.int32, device=self.engine.device)
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-            stop, pending = (bool(flag) for flag in flags.tolist())
-            reason = (reason or "another rank") if stop else None
-        if self._saver.in_flight and not pending:
-            self._saver_done(self._saver.advance())
-        return reason
+        place = self.engine.topology
+        stop, pending = any_rank(place, self.engine.device, reason is not None, self._saver.pending)
+        if not pending:
+            self._keeper.advance()
+        return (reason or "another rank") if stop else None
 
-    def _save(self) -> None:
-        """Begins a checkpoint of this step, after the one in flight is done."""
-        if self._begun_save == self.step:
-            return
-        begun = time.monotonic()
-        self._watchdog.beat(f"saving the checkpoint of step {self.step}")
-        self._saver_done(self._saver.finish())
+    def _begin_save(self) -> SaveOutcome | None:
         state: dict[str, Any] = {
             "tokens": self.tokens,
             "global_batch": self.config.global_batch,
-            "rows": self.samples,
+            "rows": self.rows,
             "sources": dict(self.sources),
             "loader": self.loader.state_dict(),
             "transforms": [transform.state_dict() for transform in self.transforms],
@@ -453,40 +395,10 @@ class Trainer:
         }
         if self._stage is not None:
             state["model"] = {"rope_theta": self._stage.rope_theta}
-        counts = {"tokens": self.tokens, "samples": self.samples}
-        self._begun_save = self.step
-        outcome = self._saver.begin(self.step, self.engine, state, self.resolved, self.inputs, counts)
-        self._saver_done(outcome)
-        self._save_s += time.monotonic() - begun
+        counts = {"tokens": self.tokens, "samples": self.rows}
+        return self._saver.begin(self.step, self.engine, state, self.resolved, self.inputs, counts)
 
-    def _saver_done(self, outcome: SaveOutcome | None) -> None:
-        """A checkpoint is there, or is not: the run goes on with the last good one, or ends by option."""
-        if outcome is None:
-            return
-        if outcome.path is not None:
-            self._saved_step = outcome.step
-            log.info("checkpoint %s", outcome.path)
-            return
-        self._begun_save = self._saved_step
-        good = f"step {self._saved_step}" if self._saved_step >= 0 else "none"
-        message = f"the checkpoint of step {outcome.step} was not written: {outcome.problem} (last good one: {good})"
-        self._event(outcome.step, "checkpoint_failed", {"problem": outcome.problem})
-        if self.config.checkpoint_errors == "stop":
-            raise CheckpointError(f"{message}; mend that and run again to resume (train.checkpoint_errors = stop)")
-        log.warning("%s; the run goes on", message)
-
-    def _save_for_good(self) -> None:
-        """The checkpoint that ends a run: it is there when this returns.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        self._save()
-        self._saver_done(self._saver.finish())
-        if self._saved_step != self.step:
-            good = f"of step {self._saved_step}" if self._saved_step >= 0 else "there is none"
-            raise CheckpointError(
-                f"{self.directory / CHECKPOINTS}: the last checkpoint, of step {self.step}, cannot be written (see the "
-                f"warning above); make room or mend the disk, and run again: the run resumes from its last good "
-                f"checkpoint ({good})"
-            )
+    def _save(self, for_good: bool = False) -> None:
+        self._watchdog.beat(f"saving the checkpoint of step {self.step}")
+        save = self._keeper.save_for_good if for_good else self._keeper.save
+        save(self.step, self._begin_save)

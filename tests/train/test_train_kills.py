@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from hcx.config import dump_yaml
+from hcx.engine.config import DeepSpeedEngineConfig
 from hcx.obs import read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
@@ -21,6 +23,7 @@ from hcx.testing.lives import Lives
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_config
 from hcx.train import CheckpointReader, TrainerConfig, find_checkpoint, read_ledger
+from hcx.train.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def kill_and_compare(shards: str, tmp_path: Path, steps: int, kills: int, seed: 
 
 
 def test_five_kills_change_nothing(shards: str, tmp_path: Path) -> None:
-    assert kill_and_compare(shards, tmp_path, steps=150, kills=5, seed=0).kills == 5
+    assert kill_and_compare(shards, tmp_path, steps=120, kills=5, seed=0).kills == 5
 
 
 @pytest.mark.slow
@@ -90,18 +93,22 @@ def test_twenty_kills_change_nothing(shards: str, tmp_path: Path) -> None:
     assert lives.in_saves >= 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_as_resumable(shards: str, tmp_path: Path, number: int) -> None:
+def test_a_signal_saves_and_ends_as_resumable(shards: str, tmp_path: Path) -> None:
     steps = 40
     lives = Lives()
     assert lives.live(recipe(shards, tmp_path / "straight", steps, checkpoint_every=0)) == 0
     asked = recipe(shards, tmp_path / "asked", steps, checkpoint_every=0)
     file = tmp_path / "asked" / "metrics.jsonl"
-    code = lives.live(asked, number, lambda: file.exists() and file.read_bytes().count(b"\n") >= 5)
-    assert code == os.EX_TEMPFAIL == 75
-    reader = find_checkpoint(tmp_path / "asked" / "checkpoints")
-    assert reader is not None
-    assert 5 <= reader.step < steps
+    for number, rows in ((signal.SIGTERM, 5), (signal.SIGUSR1, 15)):
+
+        def reached(rows: int = rows) -> bool:
+            return file.exists() and file.read_bytes().count(b"\n") >= rows
+
+        code = lives.live(asked, number, reached)
+        assert code == os.EX_TEMPFAIL == 75
+        reader = find_checkpoint(tmp_path / "asked" / "checkpoints")
+        assert reader is not None
+        assert rows <= reader.step < steps
     assert lives.live(asked) == 0
     assert_same_run(tmp_path / "asked", tmp_path / "straight", steps)
 
@@ -131,3 +138,50 @@ def test_the_command_answers_a_signal_with_75_and_damage_with_2(shards: str, tmp
     # Nothing lost: what was there is there.
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
     assert list((tmp_path / "out" / "checkpoints").glob("step-*")) == kept
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process numbers of a launcher's children."""
+    found = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="utf-8")
+    return [int(number) for number in found.split()]
+
+
+def alive(process: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ranks die with their launcher on Linux only")
+def test_two_ranks_that_are_killed_with_their_launcher_change_nothing(shards: str, tmp_path: Path) -> None:
+    steps = 120
+    engine = DeepSpeedEngineConfig(zero_stage=1, data_parallel=2)
+    made = {name: recipe(shards, tmp_path / name, steps) for name in ("straight", "killed")}
+    commands = {}
+    for name, value in made.items():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(dump_yaml(value.model_copy(update={"engine": engine})), encoding="utf-8")
+        commands[name] = [sys.executable, "-m", "hcx.cli.main", "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(commands["straight"], env=environment, check=True, timeout=120, stderr=subprocess.DEVNULL)
+    draw = random.Random(2)
+    for life in range(2):
+        launcher = subprocess.Popen(commands["killed"], env=environment, stderr=subprocess.DEVNULL)
+        wanted = 20 + 40 * life
+        while not any(step >= wanted for step, _ in checkpoints(tmp_path / "killed" / "checkpoints")):
+            assert launcher.poll() is None
+            time.sleep(0.001)
+        ranks = ranks_of(launcher.pid)
+        assert len(ranks) == 2
+        time.sleep(draw.uniform(0.0, 0.05))
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 5
+        while any(alive(rank) for rank in ranks):
+            assert time.monotonic() < deadline, "a rank outlives its launcher"
+            time.sleep(0.01)
+    subprocess.run(commands["killed"], env=environment, check=True, timeout=120, stderr=subprocess.DEVNULL)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", steps)
+    assert len(list((tmp_path / "killed" / "checkpoints" / f"step-{steps:06d}").glob("state-*"))) == 2

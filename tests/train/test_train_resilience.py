@@ -219,10 +219,17 @@ def _run_on_ranks(
     return found, sorted(trainer._watch.left_out), trainer._watch.rewinds
 
 
-@pytest.mark.parametrize("layout", ENGINES)
 @pytest.mark.parametrize(
-    ("factor", "policy"),
-    [(math.nan, {"non_finite": "rewind"}), (SPIKE, {"spike": "skip"}), (SPIKE, {"spike": "rewind"})],
+    ("layout", "factor", "policy"),
+    [
+        ("dp2", math.nan, {"non_finite": "rewind"}),
+        ("dp2", SPIKE, {"spike": "rewind"}),
+        ("zero1", SPIKE, {"spike": "skip"}),
+        ("zero1", math.nan, {"non_finite": "rewind"}),
+        ("zero3", SPIKE, {"spike": "skip"}),
+        ("zero3", math.nan, {"non_finite": "rewind"}),
+        ("pp2", SPIKE, {"spike": "skip"}),
+    ],
 )
 def test_two_ranks_decide_as_one_although_one_rank_alone_has_the_bad_sample(
     pool: WorkerPool, tmp_path: Path, layout: str, factor: float, policy: dict[str, Any]
