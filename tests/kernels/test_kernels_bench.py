@@ -44,7 +44,7 @@ def test_the_command_appends_rows_and_prints_them(tmp_path: Path, capsys: pytest
     out = tmp_path / "rows.csv"
     options = shlex.split("--shape 64x128 --bits 2 --peers '' --seconds 0.01 --megabytes 1 --json")
     for _ in range(2):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main(["bench", "kernels", *options, "--out", str(out)])
     printed = json.loads(capsys.readouterr().out.split("\n]\n")[0] + "\n]")
     assert set(COLUMNS) <= set(printed[0])
@@ -69,7 +69,7 @@ def test_the_command_appends_rows_and_prints_them(tmp_path: Path, capsys: pytest
 def test_options_that_cannot_be_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["bench", "kernels", *options])
     assert message in " ".join(capsys.readouterr().err.split())
 
