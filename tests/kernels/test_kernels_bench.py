@@ -45,7 +45,7 @@ def test_the_command_appends_rows_and_prints_them(tmp_path: Path, capsys: pytest
     options = shlex.split("--shape 64x128 --bits 2 --peers '' --seconds 0.01 --megabytes 1 --json")
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"^0$"):
-            main(["bench", "kernels", *options, "--out", str(out)])
+            main(["bench", "kernels", *options, "--out", str(out), "--plot", str(tmp_path / "rows.svg")])
     printed = json.loads(capsys.readouterr().out.split("\n]\n")[0] + "\n]")
     assert set(COLUMNS) <= set(printed[0])
     with open(out, newline="", encoding="utf-8") as file:
@@ -53,6 +53,8 @@ def test_the_command_appends_rows_and_prints_them(tmp_path: Path, capsys: pytest
     assert len(rows) == 2 * len(printed)
     assert {row["kernel"] for row in rows} == {row["kernel"] for row in printed}
     assert {row["in"] for row in rows} == {"128"}
+    picture = (tmp_path / "rows.svg").read_text(encoding="utf-8")
+    assert all(name in picture for name in ("cpu-fast, 2 bits", "torch-bf16", "memory bound"))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_the_command_appends_rows_and_prints_them(tmp_path: Path, capsys: pytest
         (["--bits", "9"], "1 to 8 planes"),
         (["--batch", "0"], "must be positive"),
         (["--seconds", "0", "--quick"], "--seconds 0"),
+        (["--plot", "a.svg", "--quick"], "add --out FILE"),
         (["--peers", "mkl", "--quick"], "peer 'mkl' does not exist; valid"),
     ],
 )
