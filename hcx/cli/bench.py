@@ -80,6 +80,9 @@ def kernels(
     resident: Annotated[bool, typer.Option("--resident", help="weights hot in a cache")] = False,
     peers: Annotated[str | None, typer.Option(help="onnxruntime, ggml; all that are here if not given")] = None,
     seconds: Annotated[float, typer.Option(help="per comparison")] = 10.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="SVG file: fraction of the memory bound, of all rows in --out")
+    ] = None,
     megabytes: Annotated[int, typer.Option(help="weights of each contender; more than the caches hold")] = 128,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
@@ -89,10 +92,13 @@ def kernels(
     from hcx.kernels.bench import cases, check_peers, measure
     from hcx.kernels.peers import available
     from hcx.obs import get_logger
+    from hcx.report.kernel_plot import plot_kernels
 
     usual = cases(quick)
     if shape or batch or threads or bits or resident:
         usual = _kernel_cases(usual[0], shape, batch, threads, bits, resident)
+    if plot is not None and out is None:
+        raise ConfigError("--plot draws the rows of a CSV file: add --out FILE")
     if seconds <= 0 or megabytes < 1:
         raise ConfigError(f"--seconds {seconds}, --megabytes {megabytes}: must be positive")
     here = available()
@@ -106,6 +112,9 @@ def kernels(
         rows += measure(case, min(seconds, 5.0) if quick else seconds, megabytes << 20, [here[name] for name in names])
     if out is not None:
         append_csv(out, [row.as_dict() for row in rows])
+        if plot is not None:
+            with open(out, newline="", encoding="utf-8") as file:
+                plot_kernels(list(csv.DictReader(file)), plot)
     if as_json:
         print_json([row.as_dict() for row in rows])
         return

@@ -18,7 +18,14 @@ from torch import Tensor
 from hcx.errors import KernelError, MissingExtra
 from hcx.kernels.bench import GROUP, Contender, KernelCase, copies_of
 
-GGML_TYPES = {"bf16": (30, 16.0), "q2_K": (10, 2.625), "q3_K": (11, 3.4375), "q4_0": (2, 4.5), "q4_K": (12, 4.5)}
+GGML_TYPES = {
+    "bf16": (30, 16.0),
+    "tq2_0": (35, 2.0625),
+    "q2_K": (10, 2.625),
+    "q3_K": (11, 3.4375),
+    "q4_0": (2, 4.5),
+    "q4_K": (12, 4.5),
+}
 """Numbers of ggml's types, and their bits per weight with scales."""
 GGML_REPACKED = ("q2_K", "q4_0", "q4_K")
 """Types that ggml also has in a layout of its own for this CPU."""

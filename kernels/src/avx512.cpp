@@ -100,6 +100,11 @@ void prefetch(const uint8_t* at, int64_t bytes) {
 
 __m512i load(const void* at) { return _mm512_loadu_si512(at); }
 
+// vpdpbusd in place. Of the intrinsic GCC 12 makes a copy of every sum in every step, and runs out of registers.
+void add_products(__m512i& sum, __m512i weights, __m512i inputs) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+}
+
 // Tables of one segment for one column, in registers.
 template <int kLines, bool kWide>
 struct Tables {
@@ -135,11 +140,11 @@ struct Lookup {
 #pragma GCC unroll 8
             for (int c = 0; c < kColumns; ++c) {
                 const uint8_t* at = tables[c] + l * (kWide ? kTable15Bytes : kTable8Bytes);
-                high[c] = _mm512_dpbusd_epi32(high[c], ones, _mm512_permutexvar_epi8(first, load(at)));
-                if (kWide) low[c] = _mm512_dpbusd_epi32(low[c], ones, _mm512_permutexvar_epi8(first, load(at + 64)));
+                add_products(high[c], ones, _mm512_permutexvar_epi8(first, load(at)));
+                if (kWide) add_products(low[c], ones, _mm512_permutexvar_epi8(first, load(at + 64)));
                 at += kWide ? 128 : 64;
-                high[c] = _mm512_dpbusd_epi32(high[c], ones, _mm512_permutexvar_epi8(second, load(at)));
-                if (kWide) low[c] = _mm512_dpbusd_epi32(low[c], ones, _mm512_permutexvar_epi8(second, load(at + 64)));
+                add_products(high[c], ones, _mm512_permutexvar_epi8(second, load(at)));
+                if (kWide) add_products(low[c], ones, _mm512_permutexvar_epi8(second, load(at + 64)));
             }
         }
         for (int c = 0; c < kColumns; ++c) {
@@ -163,10 +168,8 @@ __m512 lookup(const Tables<kLines, kWide>& tables, const uint8_t* weights) {
                                   _mm512_ternarylogic_epi32(_mm512_srli_epi16(line, 4), nibble, number, 0xEA)};
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-            high[i] = _mm512_dpbusd_epi32(high[i], ones, _mm512_permutexvar_epi8(index[i], tables.high[2 * l + i]));
-            if (kWide) {
-                low[i] = _mm512_dpbusd_epi32(low[i], ones, _mm512_permutexvar_epi8(index[i], tables.low[2 * l + i]));
-            }
+            add_products(high[i], ones, _mm512_permutexvar_epi8(index[i], tables.high[2 * l + i]));
+            if (kWide) add_products(low[i], ones, _mm512_permutexvar_epi8(index[i], tables.low[2 * l + i]));
         }
     }
     const __m512i sum = _mm512_add_epi32(high[0], high[1]);
@@ -344,13 +347,17 @@ void decode(const Plan& plan, const TileCodes& codes, const uint8_t* weights, in
 
 constexpr int kTileCodeBytes = kSegmentLines * 8 * kLineBytes;
 
+// Always four tiles, those beyond the last row of codes zero: with constant bounds all sums stay in registers.
 template <int kColumns>
-void multiply_codes(const TileCodes* tile_codes, const uint8_t* decoded, int tiles, int64_t lines, const Activations& a,
-                    int64_t line, int64_t segment, int64_t first, float* out) {
+__attribute__((noinline)) void multiply_codes(const TileCodes* tile_codes, const uint8_t* decoded, int64_t lines,
+                                              const Activations& a, int64_t line, int64_t segment, int64_t first,
+                                              float* out) {
     __m512i sum[kColumns][kTiles];
     const uint8_t* x[kColumns];
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
         x[c] = a.tables + (first + c) * a.table_stride + line * kLineInputs;
+#pragma GCC unroll 4
         for (int tile = 0; tile < kTiles; ++tile) sum[c][tile] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < 8 * lines; ++k) {
@@ -366,14 +373,16 @@ void multiply_codes(const TileCodes* tile_codes, const uint8_t* decoded, int til
             const __m512i inputs = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
             for (int tile = 0; tile < kTiles; ++tile) {
-                sum[c][tile] = _mm512_dpbusd_epi32(sum[c][tile], weights[tile], inputs);
+                add_products(sum[c][tile], weights[tile], inputs);
             }
         }
     }
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
         const int64_t at = (first + c) * a.segment_stride + segment;
         const __m512 unit = _mm512_set1_ps(a.segment_scale[at]), inputs = _mm512_set1_ps(a.segment_sum[at]);
-        for (int tile = 0; tile < tiles; ++tile) {
+#pragma GCC unroll 4
+        for (int tile = 0; tile < kTiles; ++tile) {
             const __m512 centred = _mm512_fnmadd_ps(tile_codes[tile].half, inputs, _mm512_cvtepi32_ps(sum[c][tile]));
             float* to = out + c * kBlockRows + tile * kTileRows;
             const __m512 scale = _mm512_mul_ps(tile_codes[tile].step, unit);
@@ -390,6 +399,7 @@ void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activa
     }
     for (int i = 0; i < columns * kTiles; ++i) _mm512_storeu_ps(out + i * kTileRows, _mm512_setzero_ps());
     TileCodes codes[kTiles];
+    for (TileCodes& tile : codes) tile.step = tile.half = _mm512_setzero_ps();
     const uint8_t* at = block;
     int64_t line = 0, segment = 0;
     for (int64_t group = 0; group < plan.groups; ++group) {
@@ -406,10 +416,10 @@ void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activa
             }
             int c = 0;
             for (; c + 4 <= columns; c += 4) {
-                multiply_codes<4>(codes, decoded, tiles, count, a, line, segment, first + c, out + c * kBlockRows);
+                multiply_codes<4>(codes, decoded, count, a, line, segment, first + c, out + c * kBlockRows);
             }
             for (; c < columns; ++c) {
-                multiply_codes<1>(codes, decoded, tiles, count, a, line, segment, first + c, out + c * kBlockRows);
+                multiply_codes<1>(codes, decoded, count, a, line, segment, first + c, out + c * kBlockRows);
             }
             line += count;
         }

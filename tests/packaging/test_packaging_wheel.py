@@ -77,6 +77,29 @@ def test_wheel_is_pure_and_carries_the_data_folders(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "kernels/", "evals/", "launch/"))]
 
 
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="no CMake or no C++ compiler")
+def test_a_wheel_built_with_a_compiler_carries_the_kernels(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (built,) = tmp_path.glob("hcx_llm-*-py3-none-*.whl")
+    assert not built.name.endswith("-any.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(tmp_path / "site")
+    script = "from hcx.kernels import native; print(native.library_path(), native.why_absent())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HCX_KERNELS_LIBRARY": ""},
+        cwd=tmp_path,
+        check=True,
+    )
+    path, why = done.stdout.split()
+    assert Path(path).is_relative_to(tmp_path / "site")
+    assert why == "None"
+
+
 def test_package_comes_from_the_wheel_and_not_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     command = [str(installed), "-c", "import hcx; print(*hcx.__path__)"]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
