@@ -14,7 +14,7 @@ from hcx.report.markup import bullets, section, table
 from hcx.report.page import page
 from hcx.tokenizer.report import BoundaryRow, ReportRow
 
-DOMAINS = {"in": "of the kind our tokenizers learnt from", "out": "of another kind"}
+DOMAINS = {"in": "held-out text of the kind that ships with hcx", "out": "text of other kinds"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Sentences whose Korean morphemes people marked, and how well token boundaries meet them.
 
 Only places inside a space-separated word count: that a word begins where a space ends is no merit of a tokenizer.
-Where a contraction hides the place of a boundary (하 + 었 -> 했), the whole contraction is left out of judgement.
+Where a contraction hides the place of a boundary (ha + eoss -> haess), the whole contraction is left out of judgement.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def align(form: str, morphemes: Sequence[str]) -> tuple[set[int], list[tuple[int
     """Where the morphemes of a word lie in its written form.
 
     Morphemes are matched from both ends as long as they are written as they are. What remains in the middle is a
-    contraction; its edge counts as known when the letter next to it stayed (학생 + 이 + ㅂ니다 -> 학생|입니다).
+    contraction; its edge counts as known when the letter next to it stayed (haksaeng + i + bnida -> haksaeng|ibnida).
 
     Returns:
         Boundaries inside the word, and (first, last) places of what cannot be told.
@@ -130,7 +130,7 @@ def align(form: str, morphemes: Sequence[str]) -> tuple[set[int], list[tuple[int
     if middle and first < last:
         # The places strictly between stay hidden; an edge is known when the letter beside it is unchanged.
         written, expected = _letters(form[first])[:2], _letters(middle[0])[:2]
-        # A silent onset (U+110B) begins any vowel, so it takes the vowel as well (가 + 아요 -> 가요 tells nothing).
+        # A silent onset (U+110B) begins any vowel, so it takes the vowel as well (ga + ayo -> gayo tells nothing).
         if written == expected or (written[0] == expected[0] and written[0] != "\u110b"):
             first += 1
         if _letters(form[last - 1])[-1:] == _letters(middle[-1])[-1:]:

@@ -21,8 +21,7 @@ class Text:
     Attributes:
         name: how tables call it.
         content: the text.
-        domain: `in` for held-out text of the kind that our tokenizers learnt from, `out` for another kind, `-` where
-            nobody said.
+        domain: `in` for held-out text of the kind that ships with hcx, `out` for other kinds, `-` where nobody said.
     """
 
     name: str
