@@ -6,6 +6,7 @@ directories after it.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -16,6 +17,9 @@ PIECE_BYTES = 16 << 20
 """Bytes per write: between two of them a caller may count progress or give up."""
 
 Buffer = bytes | memoryview
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def nothing() -> None:
@@ -78,12 +82,26 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_directory(source: Path, destination: Path) -> None:
-    """Renames a finished directory into place; what was there is moved aside first and removed last."""
+    """Renames a finished directory into place; what was there is exchanged with it in one step, then removed."""
     sync_directory(source)
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if destination.exists():
-        os.replace(destination, old)
+        if not _exchange(source, destination):
+            old = destination.with_name(f".{destination.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(destination, old)
+            os.replace(source, destination)
+            source = old
+        sync_directory(destination.parent)
+        shutil.rmtree(source, ignore_errors=True)
+        return
     os.replace(source, destination)
     sync_directory(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names at once, where kernel, library and file system can (Linux: renameat2)."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

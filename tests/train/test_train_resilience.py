@@ -133,6 +133,24 @@ def test_a_run_stopped_after_going_back_goes_on_alike(tmp_path: Path) -> None:
     assert equal(second, left_out(tmp_path / "left-out"))
 
 
+def test_what_losses_were_usual_is_known_after_a_restart(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "objective": FaultyNextToken({BAD_SAMPLE: SPIKE}),
+        "validate": False,
+        "resilience": ResilienceConfig(spike="skip", spike_window=3),
+    }
+    calls = iter(range(100))
+    small_trainer(tmp_path, stop=lambda: "a test" if next(calls) == BAD_STEP - 1 else None, **options).run()
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    second = small_trainer(tmp_path, **options)
+    second.resume(CheckpointReader(newest))
+    assert second.run().finished
+    assert [event["step"] for event in events(tmp_path, "bad_step")] == [BAD_STEP]
+    assert equal(second, left_out(tmp_path / "left-out"))
+
+
 def test_the_first_steps_can_be_gone_back_over_too(tmp_path: Path) -> None:
     trainer = small_trainer(
         tmp_path,

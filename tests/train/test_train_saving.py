@@ -151,6 +151,30 @@ def test_an_error_of_any_call_to_the_disk_is_told_and_leaves_a_whole_checkpoint(
     assert told > 10
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_step_that_is_saved_again_replaces_the_checkpoint_at_once(
+    trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr("hcx.artifacts.durable._exchange", lambda one, other: False)
+    checkpoints = copy_of(trained, tmp_path)
+    number = 0
+    while True:
+        number += 1
+
+        def save(number: int = number) -> None:
+            with before_call(checkpoints, number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                saver(checkpoints).begin(1, trained.engine, {"tokens": number})
+
+        status = in_child(save)
+        if exchange:
+            assert assert_one_whole(checkpoints, (1,)) == 1
+        if not os.WIFSIGNALED(status):
+            break
+    assert CheckpointReader(checkpoints / "step-000001", digests=True).trainer_state["tokens"] == number
+    assert not list(checkpoints.glob(".step-*"))
+
+
 def test_a_thread_writes_the_same_bytes_as_waiting_does(trained: Trainer, tmp_path: Path) -> None:
     for name, asynchronous in (("waited", False), ("thread", True)):
         chosen = saver(tmp_path / name, asynchronous=asynchronous)
