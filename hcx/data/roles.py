@@ -14,6 +14,7 @@ from hcx.errors import DataError
 
 MANIFEST = "MANIFEST.tsv"
 BY_ROW: Literal["by split field"] = "by split field"
+DEV: Literal["dev"] = "dev"
 _LEVELS = 4
 """Folders above a file in which its collection is looked for."""
 
@@ -40,7 +41,7 @@ def training_role(path: Path) -> Role:
                 f"{path}: an evaluation set ({MANIFEST}: role eval) is never trained on; take it out of the recipe. "
                 "To keep its items out of other text, name it under filters.decontaminate.against"
             )
-        if role not in ("train", "dev", BY_ROW):
+        if role not in ("train", DEV, BY_ROW):
             raise DataError(f"{folder / MANIFEST}: {name}: role {role!r}; valid: train, dev, eval, {BY_ROW}")
         return role  # type: ignore[return-value]
     return None

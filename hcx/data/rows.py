@@ -9,7 +9,7 @@ from typing import Any
 
 from hcx.data.document import TEST, Document
 from hcx.data.files import UNREADABLE, open_text
-from hcx.data.roles import BY_ROW, Role
+from hcx.data.roles import BY_ROW, DEV, Role
 from hcx.data.source_config import RowSource, TableSource
 from hcx.errors import DataError
 
@@ -78,7 +78,7 @@ def _document(source: RowSource, row: dict[str, Any], number: int, where: str, n
     split = None if value is None else _SPLITS.get(str(value), TEST)
     if role == BY_ROW and split is None:
         split = TEST
-    elif role == "dev":
+    elif role == DEV:
         split = "validation"
     own = row.get(source.name_field)
     origin, licence = row.get("source"), row.get("licence")

@@ -10,7 +10,7 @@ from typing import assert_never
 
 from hcx.data.code import code_files, read_code
 from hcx.data.columns import datasets_rows, parquet_rows
-from hcx.data.document import Document
+from hcx.data.document import TEST, Document
 from hcx.data.files import UNREADABLE, files_of, json_lines, open_text
 from hcx.data.recipe import (
     CodeSource,
@@ -24,7 +24,7 @@ from hcx.data.recipe import (
     TableSource,
     TextSource,
 )
-from hcx.data.roles import training_role
+from hcx.data.roles import BY_ROW, DEV, training_role
 from hcx.data.rows import row_documents, table_rows
 from hcx.data.shards import read_megatron
 from hcx.data.shipped import name_fraction, shipped_documents
@@ -71,10 +71,11 @@ def read_source(source: Source, folder: Path) -> Iterator[Document]:
         case JsonlSource() | TableSource() | ParquetSource():
             return _rows(source, folder)
         case DatasetsSource():
-            for path in source_files(source, folder):
-                training_role(path)
+            roles = {training_role(path) for path in source_files(source, folder)}
+            # The library does not tell which file a row is from, so the strictest role holds for all.
+            role = next((known for known in (BY_ROW, DEV) if known in roles), None)
             rows = datasets_rows(source, folder)
-            return row_documents(source, rows, f"datasets {source.name}: row", source.name.split("/")[-1])
+            return row_documents(source, rows, f"datasets {source.name}: row", source.name.split("/")[-1], role)
         case TextSource():
             documents = _text(source, folder)
         case CodeSource():
@@ -139,7 +140,8 @@ def _text(source: TextSource, folder: Path) -> Iterator[Document]:
                 text = file.read()
         except UNREADABLE as error:
             raise DataError(f"{path}: not UTF-8 text: {error}") from None
-        yield Document(text, path.stem, path.name, "validation" if role == "dev" else None)
+        split = {DEV: "validation", BY_ROW: TEST}.get(role or "")  # a text has no field that says what it is for
+        yield Document(text, path.stem, path.name, split)
 
 
 def _megatron(source: MegatronSource, folder: Path) -> Iterator[Document]:

@@ -54,7 +54,7 @@ class LanguageText:
         return total
 
 
-@dataclass
+@dataclass(eq=False)
 class Texts(dict[str, LanguageText]):
     """Language -> its text; with what was found of evaluation sets in all of them."""
 

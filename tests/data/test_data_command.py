@@ -63,3 +63,45 @@ def test_mistakes_are_answered_with_a_message_and_exit_code_2(
     assert code == 2
     assert message in error
     assert "Traceback" not in error
+
+
+def test_the_report_tells_sources_stages_and_evaluation_items(tmp_path, capsys) -> None:
+    item = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    rows = [{"text": f"document {n} to a@b.com", "source": "mail", "split": "train"} for n in range(9)]
+    rows += [{"text": f"{item} {n}", "split": "train"} for n in range(2)]
+    rows += [{"text": "held out", "split": "dev"}, {"text": "for the test", "split": "test"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"q": item}) + "\n")
+    (tmp_path / "r.yaml").write_text(
+        "languages:\n  en: {share: 1, sources: [{kind: jsonl, path: x.jsonl, upsample: 2}]}\n"
+        "filters:\n  pii: {}\n  decontaminate: {against: [{kind: file, name: mine, path: items.jsonl, fields: [q]}]}\n"
+        "tokenizer: {kind: train, vocab_size: 384}\n"
+    )
+    code, out, _ = run(capsys, "data", "build", tmp_path / "r.yaml", "--out", tmp_path / "s")
+    assert code == 0
+    assert "mine: 1 of 1 evaluation items found, in 2 training documents" in out
+    assert "en pii: 12 documents, 12 kept, 9 changed, 9 email" in out
+    assert "en read: 13 documents, 12 kept, 1 test_split" in out
+    assert "en decontaminate: 11 documents, 9 kept, 2 contaminated" in out
+    assert "mail" in out
+    code, out, _ = run(capsys, "data", "report", tmp_path / "s", "--json")
+    counts = json.loads(out)["languages"]["en"]
+    assert counts["stages"]["decontaminate"]["dropped"] == {"contaminated": 2}
+    assert counts["train"]["sources"][0]["upsample"] == 2
+
+
+def test_a_flipped_byte_and_an_empty_corpus_end_with_exit_code_2_and_the_file(tmp_path, capsys) -> None:
+    shards = tiny_shards(tmp_path, documents=10)
+    path = shards.directory / "en-train.bin"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 0xFF
+    path.write_bytes(content)
+    code, _, error = run(capsys, "data", "report", shards.directory, "--verify")
+    assert code == 2
+    assert f"{path}: does not match its digest" in error
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "r.yaml").write_text("languages:\n  ko: {share: 1, sources: [{kind: jsonl, path: empty.jsonl}]}\n")
+    code, _, error = run(capsys, "data", "build", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert code == 2
+    assert "languages.ko: no training document is left (the sources are empty)" in error
+    assert not (tmp_path / "out").exists()

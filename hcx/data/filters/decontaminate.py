@@ -13,7 +13,7 @@ accident, so they are not looked for, and counted as such.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +44,10 @@ class DecontaminateConfig(Config):
     """Leave the whole document out, or only the lines that hold what is shared."""
 
 
+Owner = tuple[str, int]
+"""The set and the number of an item."""
+
+
 @dataclass
 class SetCounts:
     """One evaluation set, as looked for.
@@ -71,6 +75,46 @@ class SetCounts:
         }
 
 
+class _Index:
+    """n-grams of items, and items shorter than one by how they begin: two look-ups per place of a document.
+
+    Args:
+        length: units (words or characters) per n-gram.
+        least: units of the shortest item that is looked for.
+    """
+
+    def __init__(self, length: int, least: int) -> None:
+        self._length, self._least = length, least
+        self._ngrams: dict[str, list[Owner]] = {}
+        self._short: dict[str, list[tuple[tuple[str, ...], Owner]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._ngrams or self._short)
+
+    def add(self, units: tuple[str, ...], owner: Owner) -> bool:
+        """Adds an item; false if it is too short."""
+        if len(units) < self._least:
+            return False
+        if len(units) < self._length:
+            self._short.setdefault(" ".join(units[: self._least]), []).append((units, owner))
+        for start in range(len(units) - self._length + 1):
+            owners = self._ngrams.setdefault(" ".join(units[start : start + self._length]), [])
+            if owner not in owners:
+                owners.append(owner)
+        return True
+
+    def matches(self, units: tuple[str, ...]) -> Iterator[tuple[int, int, list[Owner]]]:
+        """(first unit, number of units, whose) of everything that a document shares."""
+        for start in range(len(units) - self._length + 1 if self._ngrams else 0):
+            found = self._ngrams.get(" ".join(units[start : start + self._length]))
+            if found:
+                yield start, self._length, found
+        for start in range(len(units) - self._least + 1 if self._short else 0):
+            for item, owner in self._short.get(" ".join(units[start : start + self._least]), ()):
+                if units[start : start + len(item)] == item:
+                    yield start, len(item), [owner]
+
+
 class Decontaminator:
     """Looks for evaluation items in documents.
 
@@ -82,9 +126,8 @@ class Decontaminator:
     def __init__(self, items: Mapping[str, Iterable[str]], config: DecontaminateConfig) -> None:
         self._config = config
         self.sets: dict[str, SetCounts] = {}
-        # By length of the n-gram, since short items are looked for whole.
-        self._words: dict[int, dict[str, list[tuple[str, int]]]] = {}
-        self._characters: dict[int, dict[str, list[tuple[str, int]]]] = {}
+        self._words = _Index(config.words, _MIN_WORDS)
+        self._characters = _Index(config.korean_characters, _MIN_CHARACTERS)
         for name, texts in items.items():
             counts = self.sets.setdefault(name, SetCounts())
             for number, text in enumerate(texts):
@@ -92,26 +135,14 @@ class Decontaminator:
                 counts.too_short += not self._add(name, number, text)
 
     def _add(self, name: str, number: int, text: str) -> bool:
-        korean = hangul_share(text) >= _KOREAN_SHARE
         words = _TOKEN.findall(text.lower())
-        units: list[str] | str = "".join(words).replace("_", "") if korean else words
-        wanted, least = (
-            (self._config.korean_characters, _MIN_CHARACTERS) if korean else (self._config.words, _MIN_WORDS)
-        )
-        length = min(wanted, len(units))
-        if length < least:
-            return False
-        index = (self._characters if korean else self._words).setdefault(length, {})
-        for start in range(len(units) - length + 1):
-            part = units[start : start + length]
-            owners = index.setdefault(part if isinstance(part, str) else " ".join(part), [])
-            if (name, number) not in owners:
-                owners.append((name, number))
-        return True
+        if hangul_share(text) >= _KOREAN_SHARE:
+            return self._characters.add(tuple("".join(words).replace("_", "")), (name, number))
+        return self._words.add(tuple(words), (name, number))
 
-    def find(self, text: str) -> tuple[set[tuple[str, int]], list[tuple[int, int]]]:
+    def find(self, text: str) -> tuple[set[Owner], list[tuple[int, int]]]:
         """The (set, item number) of what is shared with a text, and where: (begin, end) in characters."""
-        owners: set[tuple[str, int]] = set()
+        owners: set[Owner] = set()
         places: list[tuple[int, int]] = []
         lower = text.lower()
         if len(lower) != len(text):
@@ -119,21 +150,14 @@ class Decontaminator:
             lower = text
         spans = [match.span() for match in _TOKEN.finditer(lower)]
         words = [lower[begin:end] for begin, end in spans]
-        for length, index in self._words.items():
-            for start in range(len(words) - length + 1):
-                found = index.get(" ".join(words[start : start + length]))
-                if found:
-                    owners.update(found)
-                    places.append((spans[start][0], spans[start + length - 1][1]))
+        for start, length, found in self._words.matches(tuple(words)):
+            owners.update(found)
+            places.append((spans[start][0], spans[start + length - 1][1]))
         if self._characters and _HANGUL.search(text):
             where = [place for begin, end in spans for place in range(begin, end) if lower[place] != "_"]
-            solid = "".join(words).replace("_", "")
-            for length, index in self._characters.items():
-                for start in range(len(solid) - length + 1):
-                    found = index.get(solid[start : start + length])
-                    if found:
-                        owners.update(found)
-                        places.append((where[start], where[start + length - 1] + 1))
+            for start, length, found in self._characters.matches(tuple("".join(words).replace("_", ""))):
+                owners.update(found)
+                places.append((where[start], where[start + length - 1] + 1))
         return owners, places
 
     def clean(self, document: Document) -> Document | None:
