@@ -168,12 +168,12 @@ def _decoding(decoder: Decoder, prompt: Tensor, tokens: int, dtype: torch.dtype)
     # One token more than is timed: the share of products is taken from further ones.
     cache = ContiguousKVCache(decoder.config, 1, length + tokens + EXTRA, dtype)
     hidden = steps.prefill(prompt, torch.arange(length)[None], cache.view(0, 1, length))
-    state = {"token": steps.logits(hidden[-1]).argmax(-1), "position": length}
+    token, position = steps.logits(hidden[-1]).argmax(-1), length
 
     def step() -> Tensor:
-        position = state["position"]
-        logits = steps.decode_step(state["token"], torch.tensor([position]), cache.view(0, 1, position + 1))
-        state["token"], state["position"] = logits.argmax(-1), position + 1
+        nonlocal token, position
+        logits = steps.decode_step(token, torch.tensor([position]), cache.view(0, 1, position + 1))
+        token, position = logits.argmax(-1), position + 1
         return logits
 
     return step
