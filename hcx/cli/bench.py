@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     bench.command("train")(train)
     bench.command("tokenizer")(tokenizer)
     bench.command("kernels")(kernels)
+    bench.command("decode")(decode)
     app.add_typer(bench, name="bench")
 
 
@@ -166,6 +167,55 @@ def _kernel_cases(
         if not all(1 <= planes <= 8 for planes in case.bits):
             raise ConfigError(f"--bits {bits}: 1 to 8 planes are allowed")
     return found
+
+
+def decode(
+    model: Annotated[Path | None, typer.Argument(help="full-precision MODEL; random weights if not given")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="few tokens")] = False,
+    bits: Annotated[str, typer.Option(help="planes, comma-separated")] = "4,3,2",
+    group_size: Annotated[int, typer.Option(help="inputs per scale")] = 64,
+    numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
+    context: Annotated[int, typer.Option(help="tokens read before")] = 64,
+    tokens: Annotated[int, typer.Option(help="made by each contender")] = 100,
+    out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """Tokens per second of one request, binary-coded and at full precision, beside a transformers bf16 loop."""
+    from hcx.errors import ConfigError
+    from hcx.kernels import NUMERICS
+    from hcx.recipe.bench_decode import measure_decode
+
+    try:
+        planes = [int(part) for part in bits.split(",")]
+    except ValueError:
+        raise ConfigError(f"--bits {bits}: expected comma-separated integers") from None
+    if numerics not in NUMERICS:
+        raise ConfigError(f"--numerics {numerics}; valid: {', '.join(NUMERICS)}")
+    if min(context, tokens) < 1:
+        raise ConfigError(f"--context {context}, --tokens {tokens}: must be positive")
+    rows = measure_decode(model, planes, numerics, group_size, context, min(tokens, 10) if quick else tokens)
+    if out is not None:
+        append_csv(out, [row.as_dict() for row in rows])
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+        return
+    table(
+        "decoding one request",
+        ("contender", "bits", "numerics", "ms p2", "ms p50", "tokens/s", "in products"),
+        [
+            (
+                row.contender,
+                f"{row.bits:g}",
+                row.numerics,
+                f"{row.ms_p2:.2f}",
+                f"{row.ms_p50:.2f}",
+                f"{row.tokens_per_s:.1f}",
+                "" if row.products is None else f"{row.products:.0%}",
+            )
+            for row in rows
+        ],
+    )
+    echo(f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}, transformers {rows[0].transformers}")
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:

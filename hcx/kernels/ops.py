@@ -71,6 +71,14 @@ def matmul(x: Tensor, weights: Sequence[native.NativeWeight], method: str) -> Te
     return native.matmul(x, handle, sum(out_features), first.in_features, method)
 
 
+def dequantize(weight: native.NativeWeight) -> Tensor:
+    """The dense weight `[out, in]` fp32, by the shortest way as well."""
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.hcx.bcq_dequantize(weight.data, weight.out_features, weight.in_features)
+        return result
+    return native.dequantize(weight.data, weight.out_features, weight.in_features)
+
+
 class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def forward(

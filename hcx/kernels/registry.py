@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hcx.errors import KernelError
-from hcx.kernels.cpu import BiQGEMMBackend, TableBackend
+from hcx.kernels.cpu import BiQGEMMBackend, DequantizeBackend, TableBackend
 from hcx.kernels.format import PackedWeight
 from hcx.kernels.reference import ReferenceBackend
 
@@ -80,6 +80,7 @@ _BACKENDS: list[Backend] = [
     TableBackend("cpu-fast", "fast", "fast"),
     TableBackend("cpu-exact", "exact", "tables15"),
     BiQGEMMBackend(),
+    DequantizeBackend(),
     ReferenceBackend(),
 ]
 _reported: set[tuple[str, str]] = set()

@@ -1,4 +1,4 @@
-"""The picture of `hcx bench kernels`: every contender's fraction of the memory bound, and its rate against the batch."""
+"""The picture of `hcx bench kernels`: each contender's fraction of the memory bound, and its rate against the batch."""
 
 from __future__ import annotations
 

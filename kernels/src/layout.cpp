@@ -44,6 +44,25 @@ void put_word(uint8_t* out, uint32_t word) {
     }
 }
 
+struct SignTable {
+    float of[16][4];
+    constexpr SignTable() : of() {
+        for (int nibble = 0; nibble < 16; ++nibble) {
+            for (int t = 0; t < 4; ++t) of[nibble][t] = (nibble >> t & 1) != 0 ? 1.0F : -1.0F;
+        }
+    }
+};
+constexpr SignTable kSigns;
+
+// 32 inputs of one row and plane, as signs times a scale; added to `values`, or put there if it is the first plane.
+inline void add_signed(const uint8_t* bytes, float scale, bool first, float* values) {
+    for (int nibble = 0; nibble < 8; ++nibble) {
+        const float* signs = kSigns.of[(bytes[nibble % 4] >> (nibble / 4 * 4)) & 15];
+        float* four = values + 4 * nibble;
+        for (int t = 0; t < 4; ++t) four[t] = first ? signs[t] * scale : four[t] + signs[t] * scale;
+    }
+}
+
 void put_scales(const Plan& plan, void* packed, const void* scales, const float* offset) {
     const int size = scale_bytes(plan.scale_dtype);
     const auto* from = static_cast<const uint8_t*>(scales);
@@ -238,12 +257,7 @@ int32_t hcx_bcq_dequantize(const void* packed, int64_t packed_bytes, float* out,
                         for (int64_t l = 0; l < count; ++l) {
                             float values[kLineInputs];
                             for (int p = 0; p < plan.bits; ++p) {
-                                const uint8_t* bytes = at + (p * count + l) * kLineBytes + 4 * r;
-                                for (int k = 0; k < kLineInputs; ++k) {
-                                    const int bit = (bytes[(k % 16) / 4] >> (k % 4 + 4 * (k / 16))) & 1;
-                                    const float term = bit != 0 ? scale[p] : -scale[p];
-                                    values[k] = p == 0 ? term : values[k] + term;
-                                }
+                                add_signed(at + (p * count + l) * kLineBytes + 4 * r, scale[p], p == 0, values);
                             }
                             const int64_t first = (line + l) * kLineInputs;
                             const int64_t left = plan.columns - first;

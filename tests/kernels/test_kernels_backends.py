@@ -33,7 +33,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("numerics", "name"), [("fast", "cpu-fast"), ("exact", "cpu-exact"), ("reference", "reference")]
+    ("numerics", "name"), [("fast", "cpu-fast"), ("exact", "cpu-exact"), ("reference", "cpu-dequantize")]
 )
 def test_the_class_asked_for_chooses_the_backend(numerics: str, name: str) -> None:
     assert select(Spec.of(random_packed(3, 8, 64, 32), numerics)).name == name
@@ -58,6 +58,14 @@ def test_every_backend_keeps_the_error_of_its_class(backend: object) -> None:
     assert relative(backend.matmul(x, prepared), expected) <= limit
     shared = backend.matmul_shared(x, [prepared, backend.prepack(random_packed(2, 30, 576, 96, seed=5))])
     assert torch.equal(shared[..., :200], backend.matmul(x, prepared))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_reference_gives_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+    weight = random_packed(4, 70, 200, 64, dtype=torch.bfloat16)
+    x = torch.randn(3, 200).to(dtype)
+    backend = select(Spec.of(weight, "reference"))
+    assert torch.equal(backend.matmul(x, backend.prepack(weight)), ReferenceBackend().matmul(x, weight))
 
 
 def test_weights_of_one_input_that_disagree_on_groups_are_multiplied_apart() -> None:

@@ -1,0 +1,36 @@
+"""`hcx bench decode`: every contender makes tokens, and what cannot be measured is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hcx.compress.plan import CompressPlan, ModulePlan
+from hcx.compress.run import compress_model
+from hcx.errors import ConfigError
+from hcx.recipe.bench_decode import measure_decode
+from hcx.testing.tiny import tiny_model_directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_directory(tmp_path_factory.mktemp("decode") / "model")
+
+
+def test_full_precision_binary_coded_and_transformers_take_turns(model: Path) -> None:
+    pytest.importorskip("transformers")
+    rows = measure_decode(model, [3, 2], "fast", 32, context=5, tokens=4)
+    assert [row.contender for row in rows] == ["hcx-fp32", "hcx-bf16", "hcx-3bit", "hcx-2bit", "transformers-bf16"]
+    for row in rows:
+        assert 0 < row.ms_p2 <= row.ms_p50
+        assert row.products is None or 0 < row.products < 1
+        assert row.parameters == rows[0].parameters > 0
+
+
+def test_what_cannot_be_measured_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exceed the model's 256"):
+        measure_decode(model, [3], "fast", 32, context=250, tokens=10)
+    compress_model(model, tmp_path / "small", CompressPlan(default=ModulePlan(bits=2, group_size=32)))
+    with pytest.raises(ConfigError, match="binary-coded already"):
+        measure_decode(tmp_path / "small", [3], "fast", 32, context=5, tokens=4)
