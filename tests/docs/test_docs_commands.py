@@ -22,9 +22,7 @@ from hcx.cli.main import build_app, main
 from hcx.recipe import load_train_recipe
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path for pattern in ("*.md", "docs/*.md", "*/README.md", "kernels/*.md") for path in ROOT.glob(pattern)
-)
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "*/README.md", "kernels/*.md") for path in ROOT.glob(pattern))
 PLACEHOLDER = re.compile(r"^[A-Z][A-Z_]*$|[/=][A-Z][A-Z_]*$|^\[|\.\.\.")
 
 SMALL_TEXT = [

@@ -78,19 +78,3 @@ def test_offline_wandb_keeps_one_run_id_across_restarts(tmp_path: Path) -> None:
     # Both starts may fall into one second: the second folder then gets a number behind the id.
     files = [file.name for folder in folders for file in folder.glob("*.wandb")]
     assert files == [f"run-{run_id}.wandb"] * 2
-
-
-def test_going_back_drops_later_metrics_and_keeps_events(tmp_path: Path) -> None:
-    sink = JsonlSink(tmp_path / "m.jsonl")
-    for step in (1, 2, 3):
-        sink.write(step, {"train/loss": 1.0})
-    sink.event(3, "bad_step", {"samples": [[8, 12]], "loss": float("nan")})
-    sink.rewind(1)
-    sink.write(2, {"train/loss": 2.0})
-    sink.close()
-    rows = list(read_jsonl(tmp_path / "m.jsonl"))
-    assert [(row["step"], row.get("event")) for row in rows] == [(1, None), (3, "bad_step"), (2, None)]
-    assert rows[1]["samples"] == [[8, 12]]
-    assert rows[1]["loss"] == "nan"
-    JsonlSink(tmp_path / "m.jsonl", resume_step=0).close()
-    assert [row.get("event") for row in read_jsonl(tmp_path / "m.jsonl")] == ["bad_step"]
