@@ -12,7 +12,6 @@ from hcx.artifacts.manifest import (
     verify,
 )
 from hcx.artifacts.resources import find_file, find_resource, resource_names
-from hcx.artifacts.tensors import write_safetensors
 
 __all__ = [
     "Input",
@@ -29,5 +28,4 @@ __all__ = [
     "read_manifest",
     "resource_names",
     "verify",
-    "write_safetensors",
 ]

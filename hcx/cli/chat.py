@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
     def chat(
         model: Annotated[Path, typer.Argument(help="Model directory.", show_default=False)],
         system: Annotated[str | None, typer.Option(help="Instruction that opens the conversation.")] = None,
-        max_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 512,
+        max_tokens: Annotated[
+            int | None, typer.Option(help="Tokens of one answer at most; 512, or half of a shorter context.")
+        ] = None,
         max_seq: Annotated[int | None, typer.Option(help="Tokens of the whole conversation.", min=1)] = None,
         temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
         top_p: Annotated[float, typer.Option(help="Among the most likely that hold this probability.")] = 0.95,
@@ -45,7 +47,7 @@ def register(app: typer.Typer) -> None:
         loaded = load_for_inference(model, numerics, kernel, device, adapter)
         generator = Generator(loaded, 1, max_seq or min(loaded.config.max_seq_len, DEFAULT_MAX_SEQ))
         params = SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=max_tokens if max_tokens is not None else min(512, generator.max_seq // 2),
             temperature=temperature,
             top_p=top_p,
             repetition_penalty=repetition_penalty,
@@ -79,7 +81,7 @@ def register(app: typer.Typer) -> None:
                 echo(HELP)
             elif line.strip():
                 history.append({"role": "user", "content": line})
-                ids, history = fit(generator, history, len(opening), max_tokens)
+                ids, history = fit(generator, history, len(opening), params.max_tokens)
                 history.append({"role": "assistant", "content": _answer(generator, ids, params)})
 
 

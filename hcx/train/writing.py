@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hcx.artifacts import Input, write_safetensors
+from hcx.artifacts import Input
 from hcx.artifacts.durable import replace_directory, write_durably
 from hcx.artifacts.manifest import write_manifest
+from hcx.artifacts.tensors import write_safetensors
 from hcx.config import Config
 from hcx.engine.base import Engine
 from hcx.obs import get_logger

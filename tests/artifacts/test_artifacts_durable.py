@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hcx.artifacts import NewerFormat, digest_file, read_manifest, write_safetensors
+from hcx.artifacts import NewerFormat, digest_file, read_manifest
 from hcx.artifacts.durable import write_atomically, write_durably
 from hcx.artifacts.manifest import write_manifest
+from hcx.artifacts.tensors import write_safetensors
 from hcx.errors import HcxError
 
 

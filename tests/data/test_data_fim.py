@@ -253,6 +253,6 @@ def test_rates_of_unknown_languages_and_tokenizers_without_sentinels_are_refused
         PackedLoader(shards, "train", SEQ, fim=FimConfig(rates={"kor": 0.5}))
     with pytest.raises(ConfigError, match=r"fim\.rates\.ko = 1\.5"):
         PackedLoader(shards, "train", SEQ, fim=FimConfig(rates={"ko": 1.5}))
-    bare = Tokenizer(tokenizer._json.replace("<|fim_", "<|other_"), {"eos_token": "<|endoftext|>"})
+    bare = Tokenizer(tokenizer.tokenizer_json.replace("<|fim_", "<|other_"), {"eos_token": "<|endoftext|>"})
     with pytest.raises(ConfigError, match=r"no <\|fim_prefix\|>"):
         Fim(FimConfig(), bare)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from hcx.artifacts import NewerFormat, write_safetensors
+from hcx.artifacts import NewerFormat
+from hcx.artifacts.tensors import write_safetensors
 from hcx.engine.config import DeepSpeedEngineConfig
 from hcx.errors import CheckpointError
 from hcx.obs import read_jsonl
