@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hcx.errors import KernelError
 from hcx.kernels import native, ops
 from hcx.kernels.format import MAX_BITS, PackedWeight
 
@@ -39,7 +40,31 @@ def _why_not(spec: Spec) -> str | None:
     return None
 
 
-class TableBackend:
+class _NativeBackend:
+    """What the native backends share."""
+
+    name: str
+    numerics: str
+    device = "cpu"
+
+    def why_not(self, spec: Spec) -> str | None:
+        """The library is absent, or the weight is elsewhere or of another kind."""
+        return _why_not(spec)
+
+    def prepack(self, weight: PackedWeight) -> native.NativeWeight:
+        """The machine layout, in memory only."""
+        return native.pack(weight)
+
+    def matmul(self, x: Tensor, packed: native.NativeWeight) -> Tensor:
+        """`x @ W^T`."""
+        raise TypeError(f"{type(self).__name__} does not define matmul")
+
+    def matmul_shared(self, x: Tensor, packed: Sequence[native.NativeWeight]) -> Tensor:
+        """Products one after the other, concatenated."""
+        return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)
+
+
+class TableBackend(_NativeBackend):
     """Tables of four inputs, looked up by byte permutation; kernels/README.md describes the methods.
 
     Args:
@@ -48,18 +73,8 @@ class TableBackend:
         method: `fast` or `tables15`, see `native.METHODS`.
     """
 
-    device = "cpu"
-
     def __init__(self, name: str, numerics: str, method: str) -> None:
         self.name, self.numerics, self.method = name, numerics, method
-
-    def why_not(self, spec: Spec) -> str | None:
-        """The library is absent, or the weight is elsewhere or of another kind."""
-        return _why_not(spec)
-
-    def prepack(self, weight: PackedWeight) -> native.NativeWeight:
-        """The machine layout, in memory only."""
-        return native.pack(weight)
 
     def matmul(self, x: Tensor, packed: native.NativeWeight) -> Tensor:
         """`x @ W^T`; differentiable in `x`."""
@@ -68,53 +83,37 @@ class TableBackend:
     def matmul_shared(self, x: Tensor, packed: Sequence[native.NativeWeight]) -> Tensor:
         """Products of weights with one input, concatenated; the tables are built once."""
         if len({weight.group_size for weight in packed}) > 1:
-            return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)
+            return super().matmul_shared(x, packed)
         return ops.matmul(x, packed, self.method)
 
 
-class BiQGEMMBackend:
-    """BiQGEMM (Jeon et al. 2020): keys of eight inputs, fp32 tables. Chosen by name only."""
+class BiQGEMMBackend(_NativeBackend):
+    """BiQGEMM (Jeon et al. 2020): keys of eight inputs, fp32 tables, one matrix at a time. Chosen by name only."""
 
     name = "biqgemm"
     numerics = "exact"
-    device = "cpu"
-
-    def why_not(self, spec: Spec) -> str | None:
-        """The library is absent, or the weight is elsewhere or of another kind."""
-        return _why_not(spec)
 
     def prepack(self, weight: PackedWeight) -> native.NativeWeight:
         """Keys in the order in which they are looked up, in memory only."""
         return native.pack(weight, "biqgemm")
 
     def matmul(self, x: Tensor, packed: native.NativeWeight) -> Tensor:
-        """`x @ W^T`."""
+        """`x @ W^T`; without gradients.
+
+        Raises:
+            KernelError: a gradient of `x` is wanted.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise KernelError("the kernel 'biqgemm' has no gradients; take cpu-exact, or cpu-dequantize")
         return native.biqgemm(x, packed)
 
-    def matmul_shared(self, x: Tensor, packed: Sequence[native.NativeWeight]) -> Tensor:
-        """Products one after the other, concatenated: the method as published knows one matrix."""
-        return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)
 
-
-class DequantizeBackend:
+class DequantizeBackend(_NativeBackend):
     """The reference product, bit for bit, with the dense copy made by the native library: some ten times as fast."""
 
     name = "cpu-dequantize"
     numerics = "reference"
-    device = "cpu"
-
-    def why_not(self, spec: Spec) -> str | None:
-        """The library is absent, or the weight is elsewhere or of another kind."""
-        return _why_not(spec)
-
-    def prepack(self, weight: PackedWeight) -> native.NativeWeight:
-        """The machine layout, in memory only."""
-        return native.pack(weight)
 
     def matmul(self, x: Tensor, packed: native.NativeWeight) -> Tensor:
         """`x @ W^T` in fp32, in the dtype of `x`; differentiable in `x`. The dense copy lives only during the call."""
         return F.linear(x.float(), ops.dequantize(packed)).to(x.dtype)
-
-    def matmul_shared(self, x: Tensor, packed: Sequence[native.NativeWeight]) -> Tensor:
-        """Products one after the other, concatenated."""
-        return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
-from hcx.recipe.bench_train import cpu_name, median_interval
+from hcx.kernels.bench import cpu_name
+from hcx.recipe.bench_train import median_interval
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.alphabet import BYTE_OF, to_alphabet, to_bytes
 from hcx.tokenizer.sentencepiece_bpe import SENTENCEPIECE_FILE

@@ -8,7 +8,6 @@ bootstrap interval. In bf16 both keep fp32 masters: the loop through autocast, t
 from __future__ import annotations
 
 import gc
-import platform
 import random
 import statistics
 import time
@@ -23,6 +22,7 @@ from hcx.data.batch import MicroBatch
 from hcx.engine.base import StepBatch
 from hcx.engine.config import TorchEngineConfig
 from hcx.engine.torch_engine import TorchEngine
+from hcx.kernels.bench import cpu_name
 from hcx.model.config import ModelConfig
 from hcx.model.convert.peer import transformers_model, transformers_version
 from hcx.model.flops import parameter_count
@@ -233,12 +233,3 @@ def median_interval(values: Sequence[float], resamples: int = 2000, seed: int = 
     draw = random.Random(seed)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(resamples))
     return medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1]
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system says."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -121,6 +121,19 @@ def test_the_gradient_of_the_input_is_that_of_the_dense_product(dtype: torch.dty
     assert relative(x.grad.float(), expected.float()) < (FP32_ERROR if dtype == torch.float32 else 4e-3)
 
 
+def test_every_backend_gives_a_gradient_or_refuses() -> None:
+    weight, upstream = random_packed(3, 24, 80, 32), torch.randn(5, 24)
+    for backend in backends():
+        x = torch.ones(5, 80, requires_grad=True)
+        if backend.name == "biqgemm":
+            with pytest.raises(KernelError, match="no gradients"):
+                backend.matmul(x, backend.prepack(weight))
+            continue
+        backend.matmul(x, backend.prepack(weight)).backward(upstream)
+        assert x.grad is not None
+        assert relative(x.grad, upstream @ weight.dequantize()) < FP32_ERROR
+
+
 def scaled(weight: PackedWeight, x: Tensor, scales: Tensor, offset: Tensor | None) -> Tensor:
     """The same by torch alone, from the formula of the format."""
     group = weight.group_size
