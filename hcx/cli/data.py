@@ -22,11 +22,11 @@ def register(app: typer.Typer) -> None:
     group.command("report")(report)
 
 
-def recipe_path(path: Path, folder: Path = Path()) -> Path:
-    """A recipe on disk, or else one that ships with hcx under this name."""
+def recipe_path(path: Path, folder: Path = Path(), shipped: str = "launch/data") -> Path:
+    """A recipe on disk, or else one that ships with hcx under this name; an error lists those in `shipped`."""
     from hcx.artifacts import find_resource
 
-    return folder / path if (folder / path).exists() else find_resource(str(path))
+    return folder / path if (folder / path).exists() else find_resource(str(path), shipped)
 
 
 def fetch(

@@ -41,7 +41,7 @@ def train(
     from hcx.tokenizer.recipe import TokenizerRecipe
     from hcx.tokenizer.training import learning_packages
 
-    path = recipe_path(recipe)
+    path = recipe_path(recipe, shipped="tokenizer")
     config = load_config(TokenizerRecipe, path, overrides or [])
     data_path = recipe_path(Path(config.data), path.parent)
     texts = read_texts(load_config(DataRecipe, data_path), data_path.parent)
