@@ -46,7 +46,7 @@ EXACT = 6e-5
 GRADIENT = 2e-5
 """fp32 gradients: `dy` and `x` keep 16 bits (2^-17 each), sums are fp32."""
 
-# rows, inputs, group, columns: tails in both dimensions; groups of each word count, of one a row, and with an odd factor
+# rows, inputs, group, columns: tails in both dimensions; groups of each word count, one a row, and with an odd factor
 SHAPES = [(5, 70, 32, 1), (33, 150, 64, 3), (65, 140, 128, 2), (7, 100, 100, 9), (3, 200, 96, 1)]
 
 

@@ -28,7 +28,8 @@ from hcx.kernels.triton.launch import TILES
 def entry(name, built, columns, weights=256):
     return {"name": name, "columns": columns, "stack": built.stack_bytes, "shared": built.shared_bytes,
             "prmt": "prmt.b32" in built.ptx,
-            "matrix": re.findall("(?:wg)?mma[._a-z]*sync", built.ptx)[:1], "instructions": sum(built.loop.values()) / weights,
+            "matrix": re.findall("(?:wg)?mma[._a-z]*sync", built.ptx)[:1],
+            "instructions": sum(built.loop.values()) / weights,
             "permutations": built.loop["PRMT"] / weights, "hgmma": built.loop["HGMMA"], "hmma": built.loop["HMMA"],
             "local": built.loop["LDL"] + built.loop["STL"]}
 

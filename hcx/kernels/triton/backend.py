@@ -6,15 +6,19 @@ This module imports no triton: the registry may ask it on any machine.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hcx.errors import KernelError, MissingExtra
 from hcx.kernels.format import PackedWeight
-from hcx.kernels.registry import Spec
 from hcx.kernels.triton.layout import GpuWeight, pack, why_not_group
+
+if TYPE_CHECKING:
+    from hcx.kernels.registry import Spec
 
 MIN_CAPABILITY = 8
 """Major; bf16 matrix instructions and asynchronous copies begin with Ampere."""
@@ -43,6 +47,7 @@ class TritonBackend:
 
     name = "triton"
     numerics = "fast"
+    device = "cuda"
     exact = False
 
     def why_not(self, spec: Spec) -> str | None:
@@ -76,6 +81,10 @@ class TritonBackend:
             flat, packed.codes, packed.scales, packed.offset, packed.out_features, packed.group_size, self.exact
         )
         return product.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+
+    def matmul_shared(self, x: Tensor, packed: Sequence[GpuWeight]) -> Tensor:
+        """Products of several weights with one input, concatenated."""
+        return torch.cat([self.matmul(x, weight) for weight in packed], dim=-1)
 
 
 class TritonExactBackend(TritonBackend):
