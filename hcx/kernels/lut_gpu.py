@@ -1,7 +1,8 @@
 """LUT-GEMM's table kernel on a GPU (kernels/cuda/lut_gemm.cu) as a backend: the faithful reproduction.
 
-Not the default at any width: by count, conflicts in the banks of shared memory bound it below what the Triton kernels
-can reach at 2 bits and more (docs/gpu-kernels.md). It is chosen by name, or where Triton is missing.
+Not the default. Conflicts in the banks of shared memory bound it: by count it is behind the Triton kernels at 3 bits
+and more, level with them at 2 and ahead only at 1 (docs/gpu-kernels.md). It is chosen by name, or where Triton is
+missing.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,22 @@ def test_the_product_is_the_references_within_its_class(bits: int, dtype: torch.
     rounding = relative(expected.to(dtype), expected)
     for backend, allowed in ((TritonBackend(), FAST[dtype]), (TritonExactBackend(), EXACT)):
         assert relative(backend.matmul(x, backend.prepack(packed)), expected) <= rounding + allowed
+
+
+@pytest.mark.parametrize("seed", range(200 if DEVICE == "cuda" else 6))
+def test_any_weight_of_the_domain_is_multiplied_exactly(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    bits, rows, inputs, columns = draw(*range(1, 9)), draw(*range(1, 80)), draw(*range(1, 300)), draw(1, 2, 8, 9, 17)
+    group = draw(32, 64, 96, 128, 160, 256, inputs)
+    packed = integer_weight(bits, rows, inputs, group, draw(True, False))
+    x = integers(columns, inputs, draw(torch.bfloat16, torch.float16))
+    backend = draw(TritonBackend(), TritonExactBackend())
+    found = backend.matmul(x, backend.prepack(packed))
+    assert torch.equal(found, true_product(x, packed).to(x.dtype)), (bits, rows, inputs, columns, group, x.dtype)
 
 
 def test_leading_dimensions_and_an_empty_batch_are_kept() -> None:

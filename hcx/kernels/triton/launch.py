@@ -37,8 +37,8 @@ class Tile:
 
 
 TILES: dict[int, tuple[Tile, ...]] = {
-    8: (Tile(8, 4, 4), Tile(16, 3, 4), Tile(32, 3, 4)),
-    9: (Tile(8, 4, 4), Tile(16, 3, 2), Tile(32, 2, 2), Tile(64, 2, 2)),
+    8: (Tile(8, 3, 4), Tile(16, 3, 4), Tile(32, 3, 4)),
+    9: (Tile(8, 3, 4), Tile(16, 3, 2), Tile(32, 2, 2), Tile(64, 2, 2)),
 }
 """By major compute capability; later ones take Hopper's. Chosen from register and shared-memory reports of the
 compiler, not from timings: no GPU was at hand (docs/gpu-kernels.md)."""
@@ -48,7 +48,8 @@ DEQUANTIZE_ABOVE: dict[int, int] = {8: 64, 9: 256}
 cuBLAS. Estimated from traffic, never measured; `HCX_DEQUANTIZE_ABOVE` overrides it."""
 
 PROGRAMS_PER_SM = 4
-"""Blocks that a launch aims for, for each multiprocessor: enough loads in flight at 80 to 128 registers a thread."""
+"""Blocks that a launch aims for, for each multiprocessor: as many as 128 registers a thread leave room for; with
+three stages each they keep 100 KB of loads in flight."""
 
 DENSE_BYTES = 256 << 20
 """The dense copy of a weight is made in pieces of at most this size."""
