@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcx.errors import KernelError
 from hcx.kernels import cuda_build
 from hcx.kernels.format import PackedWeight
+from hcx.kernels.triton.layout import INPUT_DTYPES, check_input, why_not_group
 
 if TYPE_CHECKING:
     from hcx.kernels.registry import Spec
@@ -30,7 +30,7 @@ MAX_COLUMNS = 8
 LAUNCHES = 4
 """Above this many launches' columns the weight is dequantized instead, once, in fp32."""
 BLOCKS_PER_SM = 4
-CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+CODES = {dtype: code for code, dtype in enumerate(INPUT_DTYPES)}
 """HCX_INPUT and HCX_SCALE of the source."""
 
 
@@ -110,9 +110,7 @@ class LutBackend:
             return f"it runs on CUDA devices, and the weight is on {spec.device}"
         if not torch.cuda.is_available():
             return "no CUDA device"
-        if spec.group_size % 32 and spec.group_size < spec.in_features:
-            return f"groups of {spec.group_size} inputs; it needs a multiple of 32, or one group per row"
-        return cuda_build.why_no_compiler()
+        return why_not_group(spec.group_size, spec.in_features) or cuda_build.why_no_compiler()
 
     def prepack(self, weight: PackedWeight) -> LutWeight:
         """See `pack`."""
@@ -124,12 +122,7 @@ class LutBackend:
         Raises:
             KernelError: `x` has another width, dtype or device than the weight can be multiplied with.
         """
-        if x.shape[-1] != packed.in_features:
-            raise KernelError(f"the input has {x.shape[-1]} features, the weight takes {packed.in_features}")
-        if x.dtype not in CODES:
-            raise KernelError(f"the input is {x.dtype}; the table kernel takes fp16, bf16 and fp32")
-        if x.device != packed.words.device:
-            raise KernelError(f"the input is on {x.device}, the weight on {packed.words.device}")
+        check_input(x, packed.in_features, packed.words.device)
         flat = x.reshape(-1, packed.in_features)
         if flat.shape[0] > LAUNCHES * MAX_COLUMNS:
             dense = packed.canonical().dequantize(torch.float32)

@@ -213,7 +213,7 @@ def test_a_wrong_input_is_refused_in_words_and_a_large_batch_needs_no_gpu() -> N
     ready = pack(packed)
     with pytest.raises(KernelError, match="the input has 65 features, the weight takes 64"):
         LutBackend().matmul(torch.zeros(1, 65), ready)
-    with pytest.raises(KernelError, match="the table kernel takes fp16, bf16 and fp32"):
+    with pytest.raises(KernelError, match="the GPU kernels take fp16, bf16 and fp32"):
         LutBackend().matmul(torch.zeros(1, 64, dtype=torch.float64), ready)
     with pytest.raises(KernelError, match="the input is on meta"):
         LutBackend().matmul(torch.zeros(1, 64, device="meta"), ready)

@@ -424,7 +424,7 @@ def test_a_wrong_input_is_refused_in_words() -> None:
     ready = backend.prepack(weight(2, 5, 64, 32))
     with pytest.raises(KernelError, match="the input has 65 features, the weight takes 64"):
         backend.matmul(activations(1, 65, torch.float16), ready)
-    with pytest.raises(KernelError, match=r"the input is torch\.float64; the Triton kernels take fp16, bf16 and fp32"):
+    with pytest.raises(KernelError, match=r"the input is torch\.float64; the GPU kernels take fp16, bf16 and fp32"):
         backend.matmul(activations(1, 64, torch.float64), ready)
     with pytest.raises(KernelError, match="the input is on meta, the weight on"):
         backend.matmul(torch.empty(1, 64, device="meta", dtype=torch.float16), ready)

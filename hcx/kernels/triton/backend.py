@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hcx.errors import KernelError, MissingExtra
+from hcx.errors import MissingExtra
 from hcx.kernels.format import PackedWeight
-from hcx.kernels.triton.layout import GpuWeight, pack, why_not_group
+from hcx.kernels.triton.layout import GpuWeight, check_input, pack, why_not_group
 
 if TYPE_CHECKING:
     from hcx.kernels.registry import Spec
@@ -68,12 +68,7 @@ class TritonBackend:
         """
         from hcx.kernels.triton.ops import gpu_product
 
-        if x.shape[-1] != packed.in_features:
-            raise KernelError(f"the input has {x.shape[-1]} features, the weight takes {packed.in_features}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise KernelError(f"the input is {x.dtype}; the Triton kernels take fp16, bf16 and fp32")
-        if x.device != packed.codes.device:
-            raise KernelError(f"the input is on {x.device}, the weight on {packed.codes.device}")
+        check_input(x, packed.in_features, packed.codes.device)
         flat = x.reshape(-1, packed.in_features)
         if x.dtype == torch.float16 and not packed.fits_half:
             flat = flat.float()

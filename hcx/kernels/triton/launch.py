@@ -7,7 +7,11 @@ graph.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -54,6 +58,8 @@ three stages each they keep 100 KB of loads in flight."""
 DENSE_BYTES = 256 << 20
 """The dense copy of a weight is made in pieces of at most this size."""
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _REDUCE_BLOCK = 1024
 _INTERPRETED_SMS = 1
 
@@ -129,6 +135,20 @@ class _Geometry:
         )
 
 
+def _on_its_device(launch: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(launch)
+    def launched(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launch(*args, **kwargs)
+
+    return launched
+
+
+@_on_its_device
 def product(
     x: Tensor,
     codes: Tensor,
@@ -168,6 +188,7 @@ def product(
     return _summed(target, out)
 
 
+@_on_its_device
 def dequantize(
     codes: Tensor,
     scales: Tensor,
@@ -191,6 +212,7 @@ def dequantize(
     return out
 
 
+@_on_its_device
 def input_gradient(
     grad: Tensor,
     codes: Tensor,
@@ -227,6 +249,7 @@ def input_gradient(
     return _summed(target, out)
 
 
+@_on_its_device
 def scale_gradient(
     grad: Tensor, x: Tensor, codes: Tensor, scales: Tensor, group_size: int, has_offset: bool
 ) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ ROWS = 64
 ROW_BLOCK = 16
 _CHUNK_BITS = 1 << 24
 """Bits that are rearranged at once while packing; bounds the memory that it takes (16 bytes a bit)."""
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -78,6 +79,20 @@ def why_not_group(group_size: int, in_features: int) -> str | None:
     if group_size % 32 == 0 or group_size >= in_features:
         return None
     return f"groups of {group_size} inputs; it needs a multiple of 32, or one group per row"
+
+
+def check_input(x: Tensor, in_features: int, device: torch.device) -> None:
+    """Refuses what no GPU kernel can multiply.
+
+    Raises:
+        KernelError: `x` has another width, dtype or device than the weight can be multiplied with.
+    """
+    if x.shape[-1] != in_features:
+        raise KernelError(f"the input has {x.shape[-1]} features, the weight takes {in_features}")
+    if x.dtype not in INPUT_DTYPES:
+        raise KernelError(f"the input is {x.dtype}; the GPU kernels take fp16, bf16 and fp32")
+    if x.device != device:
+        raise KernelError(f"the input is on {x.device}, the weight on {device}")
 
 
 def words_per_group(group_size: int, in_features: int) -> int:
