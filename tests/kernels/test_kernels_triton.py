@@ -430,6 +430,10 @@ def test_a_wrong_input_is_refused_in_words() -> None:
         backend.matmul(torch.empty(1, 64, device="meta", dtype=torch.float16), ready)
     with pytest.raises(KernelError, match="codes are"):
         backend.matmul(activations(1, 64, torch.float16), replace(ready, group_size=64))
+    with pytest.raises(KernelError, match=r"scales and offset are .* 64 inputs need 2 groups of 32"):
+        backend.matmul(activations(1, 64, torch.float16), replace(ready, scales=ready.scales[:1]))
+    with pytest.raises(KernelError, match="scales and offset are"):
+        backend.matmul(activations(1, 64, torch.float16), replace(ready, offset=torch.zeros(1, 64, device=DEVICE)))
 
 
 def test_the_backends_are_asked_without_importing_triton() -> None:

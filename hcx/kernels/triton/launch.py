@@ -114,7 +114,7 @@ class _Geometry:
     group: int
 
     @classmethod
-    def of(cls, codes: Tensor, scales: Tensor, in_features: int, group_size: int) -> _Geometry:
+    def of(cls, codes: Tensor, scales: Tensor, offset: Tensor | None, in_features: int, group_size: int) -> _Geometry:
         words = words_per_group(group_size, in_features)
         parts = PARTS[codes.shape[2]]
         tiles = num_tiles(in_features, words)
@@ -122,6 +122,12 @@ class _Geometry:
         if tuple(codes.shape) != expected or scales.shape[2] % ROWS:
             raise KernelError(
                 f"codes are {tuple(codes.shape)}; {in_features} inputs in groups of {group_size} need {expected}"
+            )
+        groups = -(-in_features // group_size)
+        if scales.shape[0] != groups or (offset is not None and tuple(offset.shape) != (groups, scales.shape[2])):
+            shapes = f"{tuple(scales.shape)} and {None if offset is None else tuple(offset.shape)}"
+            raise KernelError(
+                f"scales and offset are {shapes}; {in_features} inputs need {groups} groups of {group_size}"
             )
         return cls(
             bits=codes.shape[2],
@@ -168,7 +174,7 @@ def product(
         halves = product(_two_bf16(x), codes, scales, offset, out_features, group_size, True, out_dtype=torch.float32)
         return halves[: x.shape[0]] + halves[x.shape[0] :]
     columns, in_features = x.shape
-    shape = _Geometry.of(codes, scales, in_features, group_size)
+    shape = _Geometry.of(codes, scales, offset, in_features, group_size)
     out = x.new_empty(columns, out_features, dtype=out_dtype or x.dtype)
     if columns == 0:
         return out
@@ -200,7 +206,7 @@ def dequantize(
     num_rows: int,
 ) -> Tensor:
     """Rows of the dense weight, `[num_rows, in]`: bit for bit `PackedWeight.dequantize`'s."""
-    shape = _Geometry.of(codes, scales, in_features, group_size)
+    shape = _Geometry.of(codes, scales, offset, in_features, group_size)
     out = codes.new_empty(num_rows, in_features, dtype=dtype)
     block = 16
     forward.dequantize_kernel[(-(-num_rows // block), shape.tiles)](
@@ -230,7 +236,7 @@ def input_gradient(
         )
         return halves[: grad.shape[0]] + halves[grad.shape[0] :]
     columns, out_features = grad.shape
-    shape = _Geometry.of(codes, scales, in_features, group_size)
+    shape = _Geometry.of(codes, scales, offset, in_features, group_size)
     out = grad.new_empty(columns, in_features, dtype=out_dtype or grad.dtype)
     if columns == 0:
         return out
@@ -261,7 +267,7 @@ def scale_gradient(
         grad = torch.cat([grad_high, grad_high, grad_low, grad_low])
         x = torch.cat([high, low, high, low])
     columns, in_features = x.shape
-    shape = _Geometry.of(codes, scales, in_features, group_size)
+    shape = _Geometry.of(codes, scales, None, in_features, group_size)
     lines = shape.bits + has_offset
     grad, x = _rows_contiguous(grad), _rows_contiguous(x)
     partial = x.new_empty(4 * shape.tiles, lines, shape.rows, dtype=torch.float32)
