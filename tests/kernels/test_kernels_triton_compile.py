@@ -46,6 +46,9 @@ found.append(entry("sm_90 g32", aot.compile_product(90, small, 2, group_size=32,
 for capability, bits in ((80, 2), (90, 4)):
     for name, built in zip(("dx", "dscales"), aot.compile_gradients(capability, bits), strict=True):
         found.append(entry(f"sm_{capability} {name}", built, 16))
+for capability, bits in ((80, 4), (90, 3)):
+    for name, built in zip(("dense", "sum"), aot.compile_passes(capability, bits), strict=True):
+        found.append(entry(f"sm_{capability} {name}", built, 16))
 print(json.dumps(found))
 """
 
@@ -62,16 +65,25 @@ def compiled() -> list[dict]:
 
 def test_products_and_gradients_compile_for_ampere_and_hopper(compiled: list[dict]) -> None:
     names = {entry["name"] for entry in compiled}
-    assert {"sm_80 q3", "sm_90 q3", "sm_90 q7", "sm_90 exact", "sm_90 g32", "sm_80 dx", "sm_90 dscales"} <= names
+    assert {
+        "sm_80 q3",
+        "sm_90 q3",
+        "sm_90 q7",
+        "sm_90 exact",
+        "sm_90 g32",
+        "sm_80 dx",
+        "sm_90 dscales",
+        "sm_90 dense",
+    } <= names
     for entry in compiled:
         # 163 KiB of shared memory a block on an A100, 227 KiB on Hopper.
         assert entry["shared"] <= (163 if "sm_80" in entry["name"] else 227) * 1024, entry
-        assert entry["matrix"], entry
+        assert entry["matrix"] or entry["name"].split()[-1] in ("dense", "sum"), entry
 
 
 def test_weights_are_expanded_by_byte_permutation(compiled: list[dict]) -> None:
     for entry in compiled:
-        if entry["name"].split()[-1] not in ("dx", "dscales"):
+        if entry["name"].split()[-1] not in ("dx", "dscales", "dense", "sum"):
             assert entry["prmt"], entry
     for entry in (e for e in compiled if e["name"] == "sm_90 q3" and e["columns"] <= 32):
         assert entry["permutations"] <= PERMUTATIONS, entry

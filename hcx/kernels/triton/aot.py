@@ -95,6 +95,18 @@ def compile_gradients(capability: int, bits: int, dtype: str = "bf16", words: in
     )
 
 
+def compile_passes(capability: int, bits: int, words: int = 4) -> tuple[Compiled, Compiled]:
+    """The dense copy, and the sum over splits."""
+    parts = PARTS[bits]
+    constants = {"BITS": bits, "KIND": parts[0], "SECOND_KIND": parts[1] if len(parts) > 1 else 0, "GROUP": 128}
+    constants |= {"WORDS": words, "HAS_OFFSET": True, "ROWS": 16}
+    types = {"codes_ptr": "i32", "scales_ptr": "fp16", "offset_ptr": "fp32", "out_ptr": "bf16", "partial_ptr": "fp32"}
+    return (
+        _compile(forward.dequantize_kernel, types, constants, capability, 4),
+        _compile(forward.sum_kernel, types, {"SPLITS": 8, "BLOCK": 1024}, capability, 4),
+    )
+
+
 def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int) -> Compiled:
     if interpreted():
         raise KernelError("TRITON_INTERPRET is set, so that nothing can be compiled; unset it")

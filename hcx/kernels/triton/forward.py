@@ -176,7 +176,8 @@ def sum_kernel(partial_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.const
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + split * size.to(tl.int64) + where, mask=where < size, other=0.0)
+        first = tl.full((BLOCK,), split, tl.int64) * size
+        total += tl.load(partial_ptr + first + where, mask=where < size, other=0.0)
     tl.store(out_ptr + where, narrowed(total, out_ptr.dtype.element_ty), mask=where < size)
 
 
