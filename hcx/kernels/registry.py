@@ -13,7 +13,9 @@ from torch import Tensor
 from hcx.errors import KernelError
 from hcx.kernels.cpu import BiQGEMMBackend, DequantizeBackend, TableBackend
 from hcx.kernels.format import PackedWeight
+from hcx.kernels.lut_gpu import LutBackend
 from hcx.kernels.reference import ReferenceBackend
+from hcx.kernels.triton.backend import TritonBackend, TritonExactBackend
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +85,19 @@ _BACKENDS: list[Backend] = [
     DequantizeBackend(),
     ReferenceBackend(),
 ]
+_BY_NAME: list[Backend] = [TritonBackend(), TritonExactBackend(), LutBackend()]
+"""Taken only when they are named: they compile and agree with the reference in emulation, but never ran on a GPU."""
 _reported: set[tuple[str, str]] = set()
 
 
 def backends() -> tuple[Backend, ...]:
-    """All registered backends in order of priority; the reference is last."""
+    """The backends of the automatic choice in order of priority; the reference is last."""
     return tuple(_BACKENDS)
+
+
+def backends_by_name() -> tuple[Backend, ...]:
+    """The backends that only an explicit request takes."""
+    return tuple(_BY_NAME)
 
 
 def _is_enough(backend: Backend, spec: Spec) -> bool:
@@ -116,9 +125,10 @@ def select(spec: Spec, kernel: str | None = None, among: Sequence[Backend] | Non
     candidates = list(_BACKENDS if among is None else among)
     kernel = kernel or os.environ.get("HCX_KERNEL") or None
     if kernel is not None:
-        named = [backend for backend in candidates if backend.name == kernel]
+        known = candidates if among is not None else [*candidates, *_BY_NAME]
+        named = [backend for backend in known if backend.name == kernel]
         if not named:
-            raise KernelError(f"kernel {kernel!r} does not exist; valid: {', '.join(b.name for b in candidates)}")
+            raise KernelError(f"kernel {kernel!r} does not exist; valid: {', '.join(b.name for b in known)}")
         reason = refusal(named[0], spec)
         if reason is not None:
             raise KernelError(f"kernel {kernel!r} cannot serve {spec}: {reason}")

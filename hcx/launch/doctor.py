@@ -273,7 +273,8 @@ def _extras() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    from hcx.kernels import Spec, backends, native
+    from hcx.kernels import Spec, native
+    from hcx.kernels.registry import backends, backends_by_name
 
     path = native.library_path()
     if path is None:
@@ -283,9 +284,11 @@ def _kernels() -> Iterator[Check]:
     else:
         yield Check("kernels", "native library", "ok", native.isa_name(), path)
     usual = {"out_features": 4096, "in_features": 4096, "bits": 3, "group_size": 128, "has_offset": True}
-    for backend in backends():
+    for backend in (*backends(), *backends_by_name()):
         why = backend.why_not(Spec("cpu" if backend.device == "any" else backend.device, **usual))  # type: ignore[arg-type]
         remark = why or f"on {'any device' if backend.device == 'any' else backend.device}"
+        if backend in backends_by_name():
+            remark += "; never run on a GPU so far: taken only by name"
         yield Check("kernels", backend.name, "absent" if why else "ok", f"numerics {backend.numerics}", remark)
 
 
