@@ -8,7 +8,6 @@ inside one run are the result; microseconds of two runs are not comparable.
 from __future__ import annotations
 
 import os
-import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 from hcx.errors import KernelError
 from hcx.kernels import native
 from hcx.kernels.format import PackedWeight
+from hcx.obs.machine import cpu_name
 
 GROUP = 128
 MIN_SAMPLES = 30
@@ -313,15 +313,6 @@ def _row(case: KernelCase, contender: Contender, error: float, times: list[float
         torch=torch.__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
     )
-
-
-def cpu_name() -> str:
-    """The processor, as the system states it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def check_peers(names: Sequence[str], valid: Sequence[str]) -> None:

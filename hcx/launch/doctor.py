@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import hcx
 from hcx.artifacts import resource_names
+from hcx.obs.machine import cpu_name
 
 DISTRIBUTION = "hcx-llm"
 MINIMUM_PYTHON = (3, 11)
@@ -135,12 +136,6 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-
-
-def cpu_name() -> str:
-    """The processor's model name, as the system states it."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:

@@ -20,7 +20,6 @@ from hcx.compress.plan import ModulePlan
 from hcx.errors import ConfigError
 from hcx.generate.cache import ContiguousKVCache
 from hcx.generate.step import EagerSteps
-from hcx.kernels.bench import cpu_name
 from hcx.model.config import ModelConfig
 from hcx.model.convert.peer import transformers_decoding, transformers_version
 from hcx.model.decoder import Decoder
@@ -28,6 +27,7 @@ from hcx.model.load import load_model
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.sources import BCQSource, DenseSource
 from hcx.model.weights import InitWeights, load_weights
+from hcx.obs.machine import cpu_name
 
 SMALL = ModelConfig(
     vocab_size=49152,

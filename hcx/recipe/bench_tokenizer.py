@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
-from hcx.kernels.bench import cpu_name
+from hcx.obs.machine import cpu_name
 from hcx.recipe.bench_train import median_interval
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.alphabet import BYTE_OF, to_alphabet, to_bytes

@@ -22,11 +22,11 @@ from hcx.data.batch import MicroBatch
 from hcx.engine.base import StepBatch
 from hcx.engine.config import TorchEngineConfig
 from hcx.engine.torch_engine import TorchEngine
-from hcx.kernels.bench import cpu_name
 from hcx.model.config import ModelConfig
 from hcx.model.convert.peer import transformers_model, transformers_version
 from hcx.model.flops import parameter_count
 from hcx.model.weights import InitWeights
+from hcx.obs.machine import cpu_name
 from hcx.optim import OptimConfig
 from hcx.train import NextToken
 
