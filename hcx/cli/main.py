@@ -24,6 +24,7 @@ ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base._
 VERBS: tuple[str, ...] = (
     "doctor",
     "demo",
+    "house",
     "data",
     "tokenizer",
     "train",
