@@ -151,7 +151,7 @@ def measure_infilling(
             if not cut:
                 raise ConfigError(f"{shards_directory}: no held-out {language} text is long enough for {number} words")
             for label, model in loaded:
-                figures += [_ask(model, label, language, number, cut, way, micro_batch) for way in WAYS]
+                figures += [fill(model, label, language, number, cut, way, micro_batch) for way in WAYS]
     return figures
 
 
@@ -160,9 +160,20 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 @torch.no_grad()
-def _ask(
-    model: LoadedModel, label: str, language: str, words: int, cut: Sequence[Blank], way: Way, micro_batch: int
+def fill(
+    model: LoadedModel,
+    label: str,
+    language: str,
+    words: int,
+    cut: Sequence[Blank],
+    way: Way,
+    micro_batch: int = 16,
 ) -> InfillFigures:
+    """One model on blanks, asked in one way; the arguments between are for the figures' own record.
+
+    Raises:
+        CheckpointError: the model comes without a tokenizer.
+    """
     if model.tokenizer is None:
         raise CheckpointError(f"{model.directory}: no tokenizer.json; blanks are text and need one")
     tokenizer = model.tokenizer
