@@ -23,6 +23,10 @@ from hcx.recipe.train import load_train_recipe
 
 SEEDS = (1, 2, 3)
 STEPS = 900
+MODEL = (
+    "{vocab_size: 512, hidden_size: 128, intermediate_size: 256, num_layers: 3, num_heads: 4, num_kv_heads: 4, "
+    "max_seq_len: 128, tie_embeddings: true}"
+)
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
@@ -61,8 +65,7 @@ def _train(shards: Path, out: Path, seed: int, rate: float) -> float:
             "data.shares=null",
             f"data.fim.rate={rate}",
             "data.seq_len=128",
-            "model={vocab_size: 512, hidden_size: 128, intermediate_size: 256, num_layers: 3, num_heads: 4,"
-            " num_kv_heads: 4, max_seq_len: 128, tie_embeddings: true}",
+            f"model={MODEL}",
             f"train.steps={STEPS}",
             "train.global_batch=16",
             "train.micro_batch=16",
