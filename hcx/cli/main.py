@@ -26,6 +26,7 @@ VERBS: tuple[str, ...] = (
     "demo",
     "data",
     "tokenizer",
+    "plan",
     "train",
     "convert",
     "compress",
