@@ -122,8 +122,8 @@ def _deepspeed(
         return Held(weights=total * size, gradients=total * FP32, masters=0, state=total * keys * FP32)
     if stage == 3:
         share = sum(-(-parameter.numel // dp) for parameter in parameters)
-        # Small parameters stay gathered (`stage3_param_persistence_threshold`).
-        kept = sum(parameter.numel for parameter in parameters if parameter.numel <= model.hidden_size)
+        # Small parameters stay gathered (`stage3_param_persistence_threshold`), from shares that are all equally long.
+        kept = sum(-(-p.numel // dp) * dp for p in parameters if p.numel <= model.hidden_size)
         return Held(
             weights=(share + kept) * size, gradients=share * FP32, masters=share * FP32, state=share * keys * FP32
         )

@@ -162,8 +162,8 @@ def nearest_legal(
     return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
-def _sizes(engine: AnyEngineConfig, model: ModelConfig, world_size: int) -> Iterator[tuple[_E, float]]:
-    """Every grid of parallel ranks that the model and the processes allow, with its distance from the one asked for."""
+def _sizes(engine: AnyEngineConfig, model: ModelConfig, world_size: int) -> Iterator[tuple[AnyEngineConfig, float]]:
+    """Every grid of ranks that the model and the processes allow, with its distance from the one asked for."""
     if not isinstance(engine, MegatronEngineConfig):
         yield engine, 0.0
         return
