@@ -27,6 +27,7 @@ VERBS: tuple[str, ...] = (
     "house",
     "data",
     "tokenizer",
+    "plan",
     "train",
     "convert",
     "compress",

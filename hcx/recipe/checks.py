@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from hcx.data.token_budget import rounded_up
 from hcx.engine.config import MegatronEngineConfig
-from hcx.engine.legality import violations
+from hcx.engine.legality import explain, violations
 from hcx.errors import ConfigError
 from hcx.model.adapters import target_stems
 from hcx.recipe.train import ChatSection, TrainRecipe
@@ -139,16 +139,11 @@ def _warmup_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.optim.mup is not None and recipe.optim.mup.width != recipe.model.hidden_size:
         yield f"optim.mup.width = {recipe.optim.mup.width}: must be model.hidden_size = {recipe.model.hidden_size}"
-    if recipe.optim.kind == "muon" and recipe.engine.kind != "torch":
-        yield (
-            f"optim.kind = muon: updates whole matrices, which engine.kind = {recipe.engine.kind} shards; "
-            "use adamw, or engine.kind = torch"
-        )
 
 
 def _layout_is_legal(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     seq_len = None if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-    yield from map(str, violations(recipe.engine, recipe.model, world_size, seq_len))
+    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind)
 
 
 CHECKS: dict[str, Check] = {
