@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from hcx.errors import HcxError
+from hcx.errors import HcxError, PeerLost
 from hcx.obs.log import setup_logging
 
 EXIT_USER = 2
@@ -27,6 +27,7 @@ VERBS: tuple[str, ...] = (
     "data",
     "tokenizer",
     "train",
+    "launch",
     "convert",
     "compress",
     "evaluate",
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except HcxError as error:
         sys.stderr.write(f"hcx: {error}\n")
-        sys.exit(EXIT_USER)
+        sys.exit(EXIT_RESUMABLE if isinstance(error, PeerLost) else EXIT_USER)
     except ClickException as error:
         error.show()
         sys.exit(EXIT_USER)
