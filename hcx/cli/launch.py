@@ -66,6 +66,10 @@ def slurm(
         return
     echo(f"submitted job {submitted.train}: {nodes} nodes, {launch.world_size} processes for each run")
     if submitted.evaluation is not None:
-        echo(f"submitted job {submitted.evaluation}, which evaluates the model when job {submitted.train} has ended well")
+        echo(
+            f"submitted job {submitted.evaluation}, which evaluates the model when job {submitted.train} has ended well"
+        )
     log = launch.directory.parent / f"slurm-train-{submitted.train}{'_*' if array else ''}.out"
-    echo(f"look: squeue --jobs={submitted.train}; tail -f {log}; end: scancel {submitted.train} (launch again to resume)")
+    echo(
+        f"look: squeue --jobs={submitted.train}; tail -f {log}; end: scancel {submitted.train} (launch again to resume)"
+    )

@@ -1,4 +1,4 @@
-"""A training recipe as SLURM jobs: batch files from the templates in `slurm/`, submitted, with an evaluation behind them.
+"""A training recipe as SLURM jobs: batch files from the templates in `slurm/`, and an evaluation behind them.
 
 What a job computes is fixed when it is submitted: the resolved recipe is written beside the batch file, and every
 requeue of the job reads that one, whatever becomes of the file it came from.
@@ -17,7 +17,7 @@ from typing import Any
 
 from hcx.artifacts import find_resource
 from hcx.config import dump_yaml
-from hcx.errors import ConfigError, LaunchError
+from hcx.errors import ConfigError
 from hcx.evals.run import choose
 from hcx.launch.slurm_config import ApptainerConfig, PyxisConfig, SlurmConfig, directive_value, one_line
 from hcx.recipe import check_recipe, load_train_recipe
@@ -160,6 +160,8 @@ def plan_launch(
         choose(None, suite, None, None)
     out = directory / base.out
     runs = tuple(directory / recipe.out for recipe in recipes)
+    _path(out, "out")
+    _check_setup(config)
     launch = out / LAUNCH
     names = [f"recipe-{number}.yaml" for number in range(len(runs))] if array else ["recipe.yaml"]
     values = _values(base, runs if array else (), out, launch, config, directory)
@@ -346,21 +348,17 @@ def _render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - it is shell, and quoted
+        autoescape=False,  # it is shell, and quoted
     )
-    text = environment.get_template(template).render(**values)
-    _check_syntax(template, text)
-    return text
+    return environment.get_template(template).render(**values)
 
 
-def _check_syntax(template: str, text: str) -> None:
-    """Bash reads the file without running it: a line of `setup` with an open quote would swallow the rest."""
+def _check_setup(config: SlurmConfig) -> None:
+    """Bash reads the site's lines without running them: one with an open quote would swallow the rest of the file."""
+    text = "\n".join(config.setup)
     try:
-        checked = subprocess.run(
-            ["bash", "-n", "/dev/stdin"], input=text, capture_output=True, text=True, timeout=30, check=False
-        )
+        checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=30, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return  # no bash where nothing is submitted from, as in a dry run elsewhere
     if checked.returncode:
-        problem = checked.stderr.strip().replace("/dev/stdin: ", "")
-        raise LaunchError(f"{template}: bash cannot read the batch file; look at slurm.setup of the profile:\n{problem}")
+        raise ConfigError(f"slurm.setup of the profile: bash cannot read it: {checked.stderr.strip()}")

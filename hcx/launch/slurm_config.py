@@ -1,8 +1,8 @@
 """The `slurm:` part of a cluster profile: what a site's batch files need, and which of it is safe to write into one.
 
-A batch file is two languages: `#SBATCH` lines, which no shell reads and which know no quoting worth the name, and shell.
-So values for the first are limited to letters that mean nothing to either; values for the second are quoted. Lines of
-`setup` are the site's own shell code, written as they are.
+A batch file is two languages: `#SBATCH` lines, which no shell reads and which know no quoting worth the name, and
+shell. So values for the first are limited to letters that mean nothing to either; values for the second are quoted.
+Lines of `setup` are the site's own shell code, written as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 class ApptainerConfig(Config):
     """Tasks run in an image by Apptainer (or Singularity, which answers to the same name)."""
 
-    kind: Literal["apptainer"]
+    kind: Literal["apptainer"] = "apptainer"
     """Runs `apptainer exec IMAGE hcx ...` on each node."""
     image: str
     """A .sif file or a URI that Apptainer knows."""
@@ -42,7 +42,7 @@ class ApptainerConfig(Config):
 class PyxisConfig(Config):
     """Tasks run in an image by srun's pyxis plugin (enroot)."""
 
-    kind: Literal["pyxis"]
+    kind: Literal["pyxis"] = "pyxis"
     """Runs `srun --container-image=IMAGE ...`."""
     image: str
     """A .sqsh file, or registry#image:tag."""
@@ -84,7 +84,7 @@ class SlurmConfig(Config):
     deadline: str | None = None
     """`YYYY-MM-DDTHH:MM[:SS]`: the job, requeued or not, ends by then."""
     signal_s: int = 300
-    """Seconds before the time limit at which ranks get SIGUSR1 and save: more than the longest step and a checkpoint."""
+    """Seconds before the time limit at which ranks get SIGUSR1 and save: more than the longest step and a save."""
     straggler_s: int = 60
     """Seconds that ranks may go on after the first one ended; then srun ends them."""
     rendezvous_s: int = 300
@@ -93,7 +93,7 @@ class SlurmConfig(Config):
     """Starts in a row that may end without a new checkpoint; then the job is not requeued any more."""
     modules: tuple[str, ...] = ()
     """For `module load`, in order."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Variables of every process, such as NCCL_SOCKET_IFNAME; values are taken literally."""
     setup: tuple[str, ...] = ()
     """Lines of shell, as they are, run on the first node before the ranks start: `source /opt/hcx/bin/activate`."""

@@ -91,8 +91,8 @@ def _refuse_a_second(launch: SlurmLaunch) -> None:
         state = job_state(number)
         if state is not None:
             raise LaunchError(
-                f"{directory.parent}: job {number} of an earlier launch trains this run already ({state}); wait for it, "
-                f"end it (scancel {number}), or choose another directory (out=DIR)"
+                f"{directory.parent}: job {number} of an earlier launch trains this run already ({state}); wait for "
+                f"it, end it (scancel {number}), or choose another directory (out=DIR)"
             )
 
 
@@ -134,7 +134,8 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
     except FileNotFoundError:
         raise LaunchError(
-            f"{command[0]}: not found; run this where SLURM's commands are (a login node), or see the files by --dry-run"
+            f"{command[0]}: not found; run this where SLURM's commands are (a login node), or see the files by "
+            "--dry-run"
         ) from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{command[0]}: no answer within 120 s; is the controller up (scontrol ping)?") from None

@@ -2,7 +2,7 @@
 
 Each daemon gets a hostname, an `/etc/hosts` and a process namespace of its own. The namespace is what makes a power cut
 honest: when its first process is killed, the kernel kills everything that was started in it, steps and tasks included,
-at once. It also means that nothing outlives the cluster, however a test ends.
+at once. It also means that nothing outlives the cluster, however a test ends: each namespace goes with the test runner.
 
 Needs root, the right to make namespaces (in a container: CAP_SYS_ADMIN), and Debian's packages `slurmctld`, `slurmd`,
 `slurm-client` and `munge`. Nothing outside its directory is changed.
@@ -21,6 +21,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from hcx.dist.spawn import die_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "unshare", "mount")
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -110,6 +112,7 @@ class SlurmCluster:
         # Sockets live below it, and the path of a socket has at most 107 characters: pytest's own paths are too long.
         self.home = Path(tempfile.mkdtemp(prefix="hcx-slurm-"))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._cut: list[str] = []
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         self.environment = {**kept, "SLURM_CONF": str(self.home / "slurm.conf")}
 
@@ -173,6 +176,7 @@ class SlurmCluster:
                 stderr=log,
                 env={"PATH": SEARCH_PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _kill(self, name: str) -> None:
@@ -215,9 +219,14 @@ class SlurmCluster:
     def power_cut(self, node: str) -> None:
         """SIGKILL to the daemon of a node and to all that runs there."""
         self._kill(node)
+        self._cut.append(node)
 
     def power_on(self, *nodes: str) -> None:
         """Boots nodes that are not running, and waits until every node is of use."""
+        # The controller has not missed a node that is back at once, and would wait for its steps for ever.
+        for node in [node for node in nodes if node in self._cut]:
+            self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power", check=True)
+            self._cut.remove(node)
         for node in nodes:
             if node not in self._daemons:
                 (self.home / "spool" / node).mkdir(exist_ok=True)
@@ -238,12 +247,11 @@ class SlurmCluster:
         """SLURM_PROCID -> process number of the tasks of a job that run Python now."""
         found: dict[int, int] = {}
         for process, environment in _environments():
-            if environment.get("SLURM_JOB_ID") == str(job) and environment.get("SLURM_CONF", "").startswith(
-                str(self.home)
-            ):
-                rank, local = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_ID")
-                if rank is not None and local is not None and "python" in _program(process):
-                    found[int(rank)] = process
+            ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+            if not ours or environment.get("SLURM_JOB_ID") != str(job) or "SLURM_STEP_ID" not in environment:
+                continue
+            if "python" in _program(process):
+                found[int(environment["SLURM_PROCID"])] = process
         return found
 
 

@@ -1,12 +1,13 @@
 """How the end of one rank becomes the end of all, with one reason and one exit code.
 
 A rank that fails leaves a note before it goes; a rank whose peer is gone looks for one. With a note it ends as the rank
-that wrote it: a mistake stays a mistake, and nobody starts the run again for it. Without one, the peer was killed or its
-node is lost, and the run is resumable (exit code 75).
+that wrote it: a mistake stays a mistake, and nobody starts the run again for it. Without one, the peer was killed or
+its node is lost, and the run is resumable (exit code 75).
 """
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 import traceback
@@ -72,10 +73,16 @@ def one_ending(directory: str | Path, rank: int, world_size: int) -> Iterator[No
         if not is_lost_peer(error):
             _leave_note(Path(directory), rank, error)
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = _short(error)
         log.warning("a collective failed on %s: %s", socket.gethostname(), first)
         cause = _told(Path(directory), rank, first)
         raise cause from error
+
+
+def _short(error: BaseException) -> str:
+    """Without the source line of the library and its guesses."""
+    line = re.sub(r"^\[\S*\] ", "", str(error)).split("\n")[0].split(". This is")[0]
+    return line or type(error).__name__
 
 
 def _leave_note(directory: Path, rank: int, error: Exception) -> None:
