@@ -12,6 +12,7 @@ from hcx.artifacts import Input, artifact_input, is_complete, new_artifact, read
 from hcx.artifacts.manifest import write_atomically
 from hcx.config import dump_yaml
 from hcx.dist import init_process_group, process_environment, rehearsal, seed_everything
+from hcx.dist.rendezvous import leave_together
 from hcx.engine.base import Engine
 from hcx.engine.build import build_engine
 from hcx.errors import CheckpointError, ConfigError
@@ -22,6 +23,7 @@ from hcx.model.load import ModelFiles
 from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
 from hcx.recipe.adapt import adapter_transforms, export_adapter_run
+from hcx.recipe.attempts import FINISHED, START, endings_in_the_log, start_details
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
@@ -37,6 +39,7 @@ from hcx.train import (
     latest_checkpoint,
     open_checkpoint,
 )
+from hcx.train.endings import one_ending
 
 log = get_logger(__name__)
 
@@ -53,8 +56,16 @@ def run_training(
 
     Raises:
         HcxError: something of the user's does not fit.
+        PeerLost: another process is gone; the run is resumable.
     """
     rank, world_size, _ = process_environment()
+    with one_ending(recipe.out, rank, world_size):
+        return _run_training(recipe, resume, stop, rank, world_size)
+
+
+def _run_training(
+    recipe: TrainRecipe, resume: str, stop: Callable[[], str | None] | None, rank: int, world_size: int
+) -> TrainResult:
     check_recipe(recipe, world_size)
     data = open_data(recipe)
     if recipe.model.vocab_size != data.vocab_size:
@@ -78,10 +89,13 @@ def run_training(
     sinks = []
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        start = start_details(out, world_size)
         write_atomically(out / "recipe.yaml", dump_yaml(recipe).encode())
         sinks = make_sinks(
             out, recipe.tracking, recipe.model_dump(mode="json"), resume_step=reader.step if reader else -1
         )
+        for sink in sinks:
+            sink.event(reader.step if reader else 0, START, start)
     dtype = DTYPES[recipe.engine.precision]
     trainer = Trainer(
         recipe.train,
@@ -103,18 +117,22 @@ def run_training(
         stages=() if isinstance(recipe.data, ChatSection) else recipe.stages,
     )
     try:
-        if reader is not None:
-            trainer.resume(reader)
-        result = trainer.run()
-        if result.finished and recipe.adapter is not None:
-            if rank == 0:
-                export_adapter_run(recipe, out, data, _final_checkpoint(out), inputs)
-        elif result.finished:
-            _export(recipe, engine, out, data, trainer, inputs, rank)
+        with endings_in_the_log(sinks, lambda: trainer.step), one_ending(out, rank, world_size):
+            if reader is not None:
+                trainer.resume(reader)
+            result = trainer.run()
+            if result.finished and recipe.adapter is not None:
+                if rank == 0:
+                    export_adapter_run(recipe, out, data, _final_checkpoint(out), inputs)
+            elif result.finished:
+                _export(recipe, engine, out, data, trainer, inputs, rank)
+        for sink in sinks if result.finished else ():
+            sink.event(result.step, FINISHED, {})
     finally:
         for sink in sinks:
             sink.close()
         engine.close()
+    leave_together(rank)
     return result
 
 
