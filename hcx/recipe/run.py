@@ -25,6 +25,7 @@ from hcx.recipe.adapt import adapter_transforms, export_adapter_run
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
+from hcx.recipe.drop import dropbp_transforms
 from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import TOKENIZER_JSON
@@ -73,7 +74,7 @@ def run_training(
     inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    transforms = adapter_transforms(recipe)
+    transforms = [*adapter_transforms(recipe), *dropbp_transforms(recipe)]
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
@@ -131,8 +132,8 @@ def _check_base(recipe: TrainRecipe, data: RunData) -> None:
 
 
 def _flops_per_token(recipe: TrainRecipe) -> Callable[[int], float] | None:
-    """Of a trained token; None where trained tokens are not the computed ones, or most weights get no gradient."""
-    if isinstance(recipe.data, ChatSection) or recipe.adapter is not None:
+    """Of a trained token; None where trained tokens are not the computed ones, or many weights get no gradient."""
+    if isinstance(recipe.data, ChatSection) or recipe.adapter is not None or recipe.dropbp is not None:
         return None
     return partial(training_flops_per_token, recipe.model)
 
