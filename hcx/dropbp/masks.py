@@ -89,8 +89,8 @@ class MaskSchedule:
         hold_steps: steps for which a mask stays.
 
     Attributes:
-        count: sublayers that each stage drops (rule `exact`): the nearest to the target for equal rates, else the least
-            that reaches the wanted rates. At least one sublayer of each stage is kept.
+        count: sublayers that each stage drops (rule `exact`): the whole number nearest to the sum of its rates. At
+            least one sublayer of each stage is kept.
         probabilities: inclusion probabilities of the rule `exact`.
     """
 
@@ -110,10 +110,10 @@ class MaskSchedule:
             )
         size = len(self.rates) // self.stages
         parts = [self.rates[start : start + size] for start in range(0, len(self.rates), size)]
-        wanted = max(math.fsum(part) for part in parts)
         equal = max(self.rates) == min(self.rates)
+        wanted = self.target * size if equal else math.fsum(self.rates) / self.stages
         # 1e-9: sums of tenths are not exact.
-        count = math.floor(self.target * size + 0.5) if equal else math.ceil(wanted - 1e-9)
+        count = math.floor(wanted + 0.5 + 1e-9)
         most = size - 1 if equal else min(size - 1, math.floor(size * max(self.rates) + 1e-9))
         count = max(0, min(count, most))
         object.__setattr__(self, "count", count)
