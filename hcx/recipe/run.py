@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import export_hf
 from hcx.model.flops import peak_flops, training_flops_per_token
 from hcx.model.load import ModelFiles
+from hcx.model.transforms import ModelTransform
 from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
 from hcx.recipe.adapt import adapter_transforms, export_adapter_run
@@ -43,7 +44,10 @@ log = get_logger(__name__)
 
 
 def run_training(
-    recipe: TrainRecipe, resume: str = "auto", stop: Callable[[], str | None] | None = None
+    recipe: TrainRecipe,
+    resume: str = "auto",
+    stop: Callable[[], str | None] | None = None,
+    extra: Sequence[ModelTransform] = (),
 ) -> TrainResult:
     """Trains as the recipe says, in this process and those started with it.
 
@@ -51,6 +55,7 @@ def run_training(
         recipe: the run.
         resume: `auto` (the newest checkpoint of the run, if there is one), `never`, or a checkpoint directory.
         stop: asked before each step; a reason ends the run as resumable.
+        extra: methods that no recipe names (baselines of benchmarks), before DropBP.
 
     Raises:
         HcxError: something of the user's does not fit.
@@ -74,7 +79,7 @@ def run_training(
     inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    transforms = [*adapter_transforms(recipe), *dropbp_transforms(recipe)]
+    transforms = [*adapter_transforms(recipe), *extra, *dropbp_transforms(recipe)]
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
