@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
 from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import append_csv, echo, print_json, table
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure side by side on this machine.", no_args_is_help=True)
     bench.callback()(lambda: None)
     bench.command("train")(train)
+    bench.command("dropbp")(dropbp)
     bench.command("tokenizer")(tokenizer)
     bench.command("kernels")(kernels)
     bench.command("decode")(decode)
@@ -28,7 +30,9 @@ def train(
     pairs: Annotated[int, typer.Option(help="measured pairs of steps per case")] = 40,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
-) -> None:
+    drops: Annotated[bool, typer.Option("--dropbp", help="what dropping backward passes saves, instead")] = False,
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="with --dropbp: two pipeline stages")] = False,
+) -> int:
     """Training tokens per second beside a plain torch loop over a transformers model of the same shape."""
     import torch
 
@@ -38,6 +42,10 @@ def train(
 
     if pairs < 5:
         raise ConfigError(f"--pairs {pairs}: an interval needs at least 5")
+    if pipeline and not drops:
+        raise ConfigError("--pipeline times dropped backward passes: add --dropbp")
+    if drops:
+        return bench_pipeline(quick, pairs, out, as_json) if pipeline else bench_drops(quick, pairs, out, as_json)
     rows = []
     for case in cases(quick, torch.cuda.is_available()):
         get_logger(__name__).info("measuring %s, %s, %d x %d", case.name, case.precision, case.rows, case.seq_len)
@@ -46,7 +54,7 @@ def train(
         append_csv(out, [row.as_dict() for row in rows])
     if as_json:
         print_json([row.as_dict() for row in rows])
-        return
+        return 0
     table(
         "training, tokens per second",
         ("case", "precision", "packed", "step", "hcx", "transformers", "ratio", "95 % interval"),
@@ -65,6 +73,7 @@ def train(
         ],
     )
     echo(f"{rows[0].device}, {rows[0].threads} threads, torch {rows[0].torch}, transformers {rows[0].transformers}")
+    return 0
 
 
 def decode(

@@ -42,3 +42,17 @@ class MicroBatch:
             sample_ids=self.sample_ids,
             sources=self.sources,
         )
+
+    def heaviest(self, rows: int) -> MicroBatch:
+        """The `rows` rows with the most target weight, in their order; the earlier of equal ones."""
+        ranked = sorted(range(self.tokens.shape[0]), key=lambda row: -float(self.weights[row].sum()))
+        kept = sorted(ranked[:rows])
+        return MicroBatch(
+            tokens=self.tokens[kept],
+            labels=self.labels[kept],
+            weights=self.weights[kept],
+            positions=self.positions[kept],
+            document_ids=None if self.document_ids is None else self.document_ids[kept],
+            sample_ids=tuple(self.sample_ids[row] for row in kept) if self.sample_ids else (),
+            sources=tuple(self.sources[row] for row in kept) if self.sources else (),
+        )

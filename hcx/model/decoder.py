@@ -8,7 +8,7 @@ names in files; what is sharded, and how ranks communicate, is in `Parts`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +157,10 @@ class Decoder(nn.Module):
         layers: global numbers of the blocks held here; all if not given.
         pre: holds the embedding. `forward` then takes tokens `[batch, seq]`, else hidden `[seq, batch, hidden]`.
         post: holds the final norm and the output.
+
+    Attributes:
+        activation_checkpointing: kept sublayers are computed again in the backward pass.
+        drop_mechanism: how DropBP drops a branch: without a graph, or with one that is thrown away.
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.parts = config, parts
         self.activation_checkpointing = False
+        self.drop_mechanism: Literal["no_grad", "detach"] = "no_grad"
         self.layers = range(config.num_layers) if layers is None else layers
         self.embedding = Matrix(parts, config, "model.embed_tokens.weight") if pre else None
         kinds = (Attention, MLP)
@@ -202,6 +207,8 @@ class Decoder(nn.Module):
         # DropBP (Woo et al. 2024): the forward is always whole; a dropped branch is a constant to the backward. Without
         # a graph nothing of it is stored and nothing is recomputed, so it is never put under checkpointing.
         if meta.dropbp_mask is not None and meta.dropbp_mask[sublayer.index]:
+            if self.drop_mechanism == "detach":  # the authors': the graph is built, and freed when the branch returns
+                return sublayer(hidden, meta, rotary).detach()
             with torch.no_grad():
                 return sublayer(hidden, meta, rotary)
         if self.activation_checkpointing and torch.is_grad_enabled():

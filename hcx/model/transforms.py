@@ -30,6 +30,18 @@ class TransformContext:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+class GradientSource(Protocol):
+    """Gradients of a small part of the coming batch, without a step and without a trace."""
+
+    def __call__(self, visit: Callable[[str, Tensor], None], rows: int = 1) -> float:
+        """Visits (canonical name, full fp32 gradient) on every rank and returns the mean loss; see `Engine.gradients`.
+
+        `rows` rows of each replica's first micro-batch are used, those with the most trained tokens. Every call starts
+        from the same random state. Collective.
+        """
+        ...
+
+
 class EditsMasters(Protocol):
     """The part of an engine that `after_step` uses."""
 
@@ -46,6 +58,9 @@ class ModelTransform:
 
     def before_step(self, step: int) -> None:
         """Runs before the first forward of optimizer step `step`."""
+
+    def probe(self, step: int, gradients: GradientSource) -> None:
+        """Runs between two steps, after `before_step(step)`: may look at gradients (DropBP's sensitivities)."""
 
     def context(self, step: int, micro_batch: int, meta: ForwardMeta) -> ForwardMeta:
         """May extend a micro-batch's `ForwardMeta` (DropBP's mask). A pure function of its arguments and the seed."""

@@ -9,7 +9,10 @@ from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import explain, violations
 from hcx.errors import ConfigError
 from hcx.model.adapters import target_stems
+from hcx.obs import get_logger
 from hcx.recipe.train import ChatSection, TrainRecipe
+
+log = get_logger(__name__)
 
 Check = Callable[[TrainRecipe, int], Iterator[str]]
 
@@ -122,6 +125,22 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
         yield str(error)
 
 
+def _dropbp_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    if recipe.dropbp is None:
+        return
+    pipeline = recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1
+    stages, sublayers = recipe.dropbp.stages or pipeline, recipe.model.num_sublayers
+    if sublayers % stages:
+        yield f"dropbp.stages = {stages}: does not divide the model's {sublayers} residual sublayers"
+    elif stages % pipeline:
+        yield (
+            f"dropbp.stages = {stages}: must be a multiple of engine.pipeline_parallel = {pipeline}, so that every "
+            "stage drops equally many sublayers"
+        )
+    if recipe.init_from is None:
+        log.warning("dropbp: meant for fine-tuning a trained model; this run starts from random weights")
+
+
 def _sequence_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     for key, value in (("data.seq_len", recipe.data.seq_len), ("validation.seq_len", recipe.validation.seq_len)):
         if value is not None and value > recipe.model.max_seq_len:
@@ -154,6 +173,7 @@ CHECKS: dict[str, Check] = {
     "conversations fit a micro-batch": _conversations_fit,
     "the objective suits the data": _objective_suits,
     "an adapter has a base": _adapter_has_a_base,
+    "dropped sublayers divide into stages": _dropbp_fits,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import export_hf
 from hcx.model.flops import peak_flops, training_flops_per_token
 from hcx.model.load import ModelFiles
+from hcx.model.transforms import ModelTransform
 from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
 from hcx.recipe.adapt import adapter_transforms, export_adapter_run
@@ -27,6 +28,7 @@ from hcx.recipe.attempts import FINISHED, START, endings_in_the_log, start_detai
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
+from hcx.recipe.drop import dropbp_transforms
 from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import TOKENIZER_JSON
@@ -45,7 +47,10 @@ log = get_logger(__name__)
 
 
 def run_training(
-    recipe: TrainRecipe, resume: str = "auto", stop: Callable[[], str | None] | None = None
+    recipe: TrainRecipe,
+    resume: str = "auto",
+    stop: Callable[[], str | None] | None = None,
+    extra: Sequence[ModelTransform] = (),
 ) -> TrainResult:
     """Trains as the recipe says, in this process and those started with it.
 
@@ -53,6 +58,7 @@ def run_training(
         recipe: the run.
         resume: `auto` (the newest checkpoint of the run, if there is one), `never`, or a checkpoint directory.
         stop: asked before each step; a reason ends the run as resumable.
+        extra: methods that no recipe names (baselines of benchmarks), before DropBP.
 
     Raises:
         HcxError: something of the user's does not fit.
@@ -84,7 +90,7 @@ def _run_training(
     inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    transforms = adapter_transforms(recipe)
+    transforms = [*adapter_transforms(recipe), *extra, *dropbp_transforms(recipe)]
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
@@ -149,8 +155,8 @@ def _check_base(recipe: TrainRecipe, data: RunData) -> None:
 
 
 def _flops_per_token(recipe: TrainRecipe) -> Callable[[int], float] | None:
-    """Of a trained token; None where trained tokens are not the computed ones, or most weights get no gradient."""
-    if isinstance(recipe.data, ChatSection) or recipe.adapter is not None:
+    """Of a trained token; None where trained tokens are not the computed ones, or many weights get no gradient."""
+    if isinstance(recipe.data, ChatSection) or recipe.adapter is not None or recipe.dropbp is not None:
         return None
     return partial(training_flops_per_token, recipe.model)
 

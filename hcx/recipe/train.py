@@ -11,6 +11,7 @@ from pydantic import Field
 from hcx.config import Config, apply_overrides, decode, resolve_extends
 from hcx.data.chat_rows import ChatSource
 from hcx.data.fim import FimConfig
+from hcx.dropbp.config import DropBPConfig
 from hcx.engine.config import EngineConfig, TorchEngineConfig
 from hcx.model.adapters import LoRAConfig
 from hcx.model.config import ModelConfig
@@ -111,6 +112,8 @@ class TrainRecipe(Config):
     """The loss; what suits the data if not given: `next_token` for text, `sft` for conversations."""
     adapter: LoRAConfig | None = None
     """Train a low-rank adapter on top of the frozen model of `init_from`; all weights if not given."""
+    dropbp: DropBPConfig | None = None
+    """Drop the backward of random sublayers while fine-tuning; null: none."""
     train: TrainerConfig
     """Length, batch, intervals."""
     optim: OptimConfig = OptimConfig()

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from hcx.artifacts import new_artifact
+from hcx.report.dropbp import dropbp
 from hcx.report.evidence import Evidence, collect
 from hcx.report.ledger import ledger
 from hcx.report.markup import absent, bullets, in_order, language_name, section, table
@@ -53,6 +54,7 @@ def render(evidence: Evidence) -> str:
     sections = [
         _summary(evidence),
         training(evidence),
+        dropbp(evidence),
         text(evidence),
         compression(evidence),
         evaluation(evidence),
@@ -62,7 +64,7 @@ def render(evidence: Evidence) -> str:
         _limits(evidence),
     ]
     title = " and ".join(escape(directory.resolve().name) for directory in evidence.directories[:3])
-    return page(f"hcx report: {title}", sections)
+    return page(f"hcx report: {title}", filter(None, sections))
 
 
 def page(title: str, blocks: Iterable[str]) -> str:

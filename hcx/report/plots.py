@@ -239,3 +239,51 @@ def throughput(steps: Sequence[float], values: Sequence[float]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         middle = sorted(values)[len(values) // 2]
         return _svg(figure, f"Training throughput, median {middle:,.0f} tokens per second")
+
+
+def by_sublayer(title: str, y: str, values: Sequence[float], log: bool = False) -> str:
+    """A figure of every residual sublayer in forward order, attention and MLP told apart."""
+    with _canvas(title, "block", y) as (figure, axes):
+        for kind, (name, colour, marker) in enumerate((("attention", SERIES[0], "o"), ("MLP", SERIES[1], "s"))):
+            xs = [index / 2 for index in range(kind, len(values), 2)]
+            axes.vlines(xs, 0 if not log else min(values), values[kind::2], color=colour, linewidth=1.2)
+            axes.plot(xs, values[kind::2], color=colour, marker=marker, markersize=5, linestyle="none", label=name)
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, max([*values, 1e-12]) * 1.12)
+        _legend(figure, axes)
+        axes.margins(x=0.03)
+        told = ", ".join(f"{value:.3g}" for value in values)
+        return _svg(figure, f"{title} of each sublayer, attention and MLP by turns: {told}")
+
+
+def curves(title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """Named curves of one quantity over another."""
+    styles = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+    with _canvas(title, x, y) as (figure, axes):
+        for number, (name, (xs, ys)) in enumerate(lines.items()):
+            style = styles[number // len(SERIES) % len(styles)]
+            axes.plot(xs, ys, color=SERIES[number % len(SERIES)], linestyle=style, marker="o", markersize=4, label=name)
+        _legend(figure, axes)
+        axes.margins(x=0.03)
+        ends = ", ".join(f"{name} {ys[-1]:.4g}" for name, (_, ys) in lines.items())
+        return _svg(figure, f"{title}; at the end {ends}")
+
+
+def standalone(svg: str, names: Mapping[str, str] | None = None) -> str:
+    """A figure of the page as a file of its own: the page's variables become colours that suit white paper."""
+    light = {
+        "--ink": "#1c1c1c",
+        "--faint": "#5c5c5c",
+        "--line": "#d9d9d9",
+        "--card": "#ffffff",
+        "--s1": "#1f6feb",
+        "--s2": "#c2410c",
+        "--s3": "#15803d",
+        "--s4": "#7c3aed",
+        **(names or {}),
+    }
+    for variable, colour in light.items():
+        svg = svg.replace(f"var({variable})", colour)
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1)

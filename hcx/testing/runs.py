@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hcx.data.batch import MicroBatch
 from hcx.engine.base import ModelOutput
 from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
+from hcx.model.transforms import ModelTransform
 from hcx.model.weights import InitWeights
 from hcx.obs import JsonlSink
 from hcx.optim import OptimConfig, Schedule
@@ -89,13 +90,14 @@ def small_trainer(
     objective: NextToken | None = None,
     engine: TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig | None = None,
     validate: bool = True,
+    transforms: Sequence[ModelTransform] = (),
     **options: Any,
 ) -> Trainer:
     """A trainer of a tiny model on `Rows`; rank 0 writes `metrics.jsonl`. Options go to `TrainerConfig`."""
     config = tiny_config()
     optim = OptimConfig(kind=kind, lr=1e-2, momentum=0.9, schedule=Schedule(warmup_steps=2))  # type: ignore[arg-type]
     chosen = engine or TorchEngineConfig(precision=precision)  # type: ignore[arg-type]
-    built = build_engine(chosen, config, optim, (), InitWeights(config, 1), 0)
+    built = build_engine(chosen, config, optim, transforms, InitWeights(config, 1), 0)
     return Trainer(
         TrainerConfig(**{"steps": steps, "global_batch": 4, "micro_batch": 2, **options}),
         built,
@@ -104,6 +106,7 @@ def small_trainer(
         optim.schedule,
         directory,
         validation=[ValidationSet("ko", [packed_rows(2, SEQ, VOCAB, seed=100)], 50)] if validate else (),
+        transforms=transforms,
         sinks=[JsonlSink(Path(directory) / "metrics.jsonl")] if built.topology.rank == 0 else (),
         stop=stop,
     )

@@ -11,8 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hcx.artifacts import Input
 from hcx.config import Config
@@ -234,6 +237,7 @@ class Trainer:
         self._watchdog.beat(f"in step {index + 1}")
         for transform in self.transforms:
             transform.before_step(index)
+            transform.probe(index, partial(self._gradients, index, batches[0]))
         factor = lr_factor(self.schedule, index, config.steps)
         limits, refused = self._watch.limits(), self._watch.engine_limits()
         stats = self.engine.train_step(StepBatch(index, batches, *refused), self.objective, factor)
@@ -259,6 +263,11 @@ class Trainer:
                 callback.after_step(self.step, stats, metrics)
             self._write(metrics)
         return False
+
+    def _gradients(self, index: int, batch: MicroBatch, visit: Callable[[str, Tensor], None], rows: int = 1) -> float:
+        """`GradientSource` of step `index`, on a part of its first micro-batch."""
+        self._watchdog.beat(f"probing gradients before step {index + 1}")
+        return self.engine.gradients(StepBatch(index, [batch.heaviest(rows)]), self.objective, visit)
 
     def _switch_stage(self, index: int) -> None:
         """Another stage may begin with this step: the rotary base changes, and what losses were usual is open again."""
