@@ -1,26 +1,24 @@
-"""Any MODEL directory -> a decoder: Hugging Face's llama and hyperclovax files, full precision or binary-coded."""
+"""Any MODEL -> a decoder: Hugging Face's llama and hyperclovax files, full precision or binary-coded, and GGUF."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, read_manifest
-from hcx.errors import CheckpointError, KernelError
-from hcx.kernels import PackedWeight
+from hcx.errors import CheckpointError
 from hcx.model.adapters import attach_adapter
 from hcx.model.config import ModelConfig
-from hcx.model.convert.hf import config_from_hf
+from hcx.model.convert.gguf_file import is_gguf
 from hcx.model.convert.peft import read_adapter
 from hcx.model.decoder import Decoder
+from hcx.model.files import QUANT_METHOD, ModelFiles, tokenizer_of
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
 from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
@@ -30,118 +28,18 @@ from hcx.obs import get_logger
 if TYPE_CHECKING:
     from hcx.tokenizer import Tokenizer
 
+__all__ = [
+    "QUANT_METHOD",
+    "LoadedModel",
+    "ModelFiles",
+    "canonical_names",
+    "iter_tensors",
+    "load_model",
+    "tensor_names",
+    "use_packed",
+]
+
 log = get_logger(__name__)
-
-QUANT_METHOD = "bcq"
-
-
-class ModelFiles:
-    """Random access to the tensors of a MODEL directory; nothing is unpickled, and files are memory-mapped.
-
-    Attributes:
-        directory: the directory.
-        values: `config.json`.
-        config: the decoder's configuration.
-        modules: stem -> entry of `quantization_config.modules`; empty for full precision.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{directory}: no such model directory")
-        self.values = _read_json(self.directory / "config.json")
-        self.config = config_from_hf(self.values, str(self.directory / "config.json"))
-        self.modules = self._quantized_modules()
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._where = self._index()
-
-    def _quantized_modules(self) -> Mapping[str, Mapping[str, Any]]:
-        stated = self.values.get("quantization_config")
-        if not stated:
-            return {}
-        method = stated.get("quant_method")
-        if method != QUANT_METHOD:
-            raise CheckpointError(
-                f"{self.directory}: quant_method = {method!r} is not supported; supported: {QUANT_METHOD!r}, "
-                "or full precision"
-            )
-        if stated.get("version") != 1:
-            raise CheckpointError(f"{self.directory}: BCQ format version {stated.get('version')}; this hcx reads 1")
-        modules: Mapping[str, Mapping[str, Any]] = stated.get("modules", {})
-        return modules
-
-    def _index(self) -> dict[str, str]:
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not files:
-            pickled = any(self.directory.glob("*.bin"))
-            raise CheckpointError(
-                f"{self.directory}: no *.safetensors"
-                + (" (pickled *.bin files are never loaded: save them as safetensors first)" if pickled else "")
-            )
-        for path in self.directory.glob("*.safetensors.index.json"):
-            for name in sorted(set(_read_json(path)["weight_map"].values())):
-                if name not in files:
-                    raise CheckpointError(f"{self.directory / name}: listed in {path.name} but missing")
-        where: dict[str, str] = {}
-        for name in files:
-            try:
-                self._files[name] = self._stack.enter_context(safe_open(self.directory / name, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.directory / name}: damaged or cut short ({error})") from None
-            where.update(dict.fromkeys(self._files[name].keys(), name))
-        return where
-
-    def names(self) -> list[str]:
-        """Names of the stored tensors."""
-        return list(self._where)
-
-    def read(self, name: str) -> Tensor:
-        """One stored tensor, in its stored type.
-
-        Raises:
-            CheckpointError: there is none of that name.
-        """
-        if name not in self._where:
-            raise CheckpointError(
-                f"{self.directory}: the weight files lack {name!r}: incomplete, or not of this config.json"
-            )
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
-        return tensor
-
-    def packed(self, stem: str) -> PackedWeight:
-        """One binary-coded weight."""
-        entry = self.modules[stem]
-        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
-        try:
-            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
-        except KernelError as error:
-            raise CheckpointError(f"{self.directory}: {error}") from None
-
-    def weight(self, name: str) -> Tensor:
-        """A dense weight by canonical name; a binary-coded one is dequantized."""
-        stem = name.removesuffix(".weight")
-        return self.packed(stem).dequantize() if stem in self.modules else self.read(name)
-
-    def close(self) -> None:
-        """Releases the files."""
-        self._stack.close()
-
-    def __enter__(self) -> ModelFiles:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model directory, {path.name} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    return values
 
 
 @dataclass
@@ -152,7 +50,7 @@ class LoadedModel:
         decoder: in evaluation mode, without gradients.
         config: its shape.
         tokenizer: of the directory, or None if it holds none.
-        directory: where it came from.
+        directory: where it came from; a GGUF file stands for itself.
         quantization: `quantization_config` of a binary-coded model, or None.
         numerics: the class that its kernels keep.
         adapter: the directory of the low-rank updates beside its weights, or None.
@@ -165,13 +63,22 @@ class LoadedModel:
     quantization: dict[str, Any] | None
     numerics: str = "reference"
     adapter: Path | None = None
+    _unpacked: TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer's files are: an adapter's chat format may differ from its model's."""
+        """Where the tokenizer's files are: an adapter's chat format may differ from its model's.
+
+        Of a GGUF file they are unpacked into a temporary directory, which lives as long as this object.
+        """
         if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
             return self.adapter
-        return self.directory
+        if not is_gguf(self.directory) or self.tokenizer is None:
+            return self.directory
+        if self._unpacked is None:
+            self._unpacked = TemporaryDirectory(prefix="hcx-tokenizer-")
+            self.tokenizer.save(self._unpacked.name)
+        return Path(self._unpacked.name)
 
 
 def iter_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -202,7 +109,7 @@ def load_model(
     """Loads a model for inference.
 
     Args:
-        directory: Hugging Face's layout, full precision or BCQ.
+        directory: Hugging Face's layout, full precision or BCQ; or a GGUF file.
         dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
@@ -226,7 +133,7 @@ def load_model(
         decoder.to_empty(device=device)
         load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
         quantization = files.values.get("quantization_config")
-    tokenizer = _tokenizer(files.directory)
+        tokenizer = files.tokenizer()
     if adapter is not None:
         adapter = Path(adapter)
         attach_adapter(decoder, read_adapter(adapter), dtype, device)
@@ -290,7 +197,7 @@ def _tell_other_base(adapter: Path, directory: Path) -> None:
 
 def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | None:
     """The adapter's own tokenizer files, whose chat format may differ from the model's; its ids may not."""
-    adapted = _tokenizer(directory)
+    adapted = tokenizer_of(directory)
     if adapted is None or base is None:
         return adapted or base
     if adapted.digest != base.digest:
@@ -299,19 +206,3 @@ def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | N
             f"model's ({base.digest[:12]}); give the model that it was trained on"
         )
     return adapted
-
-
-def _tokenizer(directory: Path) -> Tokenizer | None:
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    from hcx.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(directory)
-    if is_complete(directory):
-        stated = read_manifest(directory).counts.get("tokenizer_digest")
-        if stated and stated != tokenizer.digest:
-            raise CheckpointError(
-                f"{directory}: tokenizer.json (digest {tokenizer.digest[:12]}) is not the one this model was trained "
-                f"with ({str(stated)[:12]}); restore the original file"
-            )
-    return tokenizer
