@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,34 +12,135 @@ import torch
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, read_manifest
-from hcx.errors import CheckpointError
+from hcx.errors import CheckpointError, KernelError
+from hcx.kernels import PackedWeight
 from hcx.model.adapters import attach_adapter
 from hcx.model.config import ModelConfig
-from hcx.model.convert.gguf_file import is_gguf
+from hcx.model.convert.gguf import GGUFModel, check_tokenizer
+from hcx.model.convert.gguf_file import SUFFIX, is_gguf
+from hcx.model.convert.hf import config_from_hf, copy_tokenizer
 from hcx.model.convert.peft import read_adapter
 from hcx.model.decoder import Decoder
-from hcx.model.files import QUANT_METHOD, ModelFiles, tokenizer_of
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
 from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
+from hcx.model.stores import SafetensorsStore, TensorStore, check_sizes, read_json
 from hcx.model.weights import TensorWeights, load_weights
 from hcx.obs import get_logger
 
 if TYPE_CHECKING:
     from hcx.tokenizer import Tokenizer
 
-__all__ = [
-    "QUANT_METHOD",
-    "LoadedModel",
-    "ModelFiles",
-    "canonical_names",
-    "iter_tensors",
-    "load_model",
-    "tensor_names",
-    "use_packed",
-]
-
 log = get_logger(__name__)
+
+QUANT_METHOD = "bcq"
+
+
+class ModelFiles:
+    """Random access to the tensors of a MODEL, a directory or a GGUF file; nothing is unpickled.
+
+    Attributes:
+        directory: the directory, or the GGUF file.
+        values: `config.json`, or what it would say.
+        config: the decoder's configuration.
+        modules: stem -> entry of `quantization_config.modules`; empty for full precision.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._gguf = GGUFModel(self.directory) if is_gguf(self.directory) else None
+        if self._gguf is None and not self.directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: no such model directory, nor a GGUF file (they are told by the ending {SUFFIX})"
+            )
+        self.values = self._gguf.values if self._gguf is not None else read_json(self.directory / "config.json")
+        self.config = config_from_hf(self.values, str(self.directory / "config.json"))
+        self.modules = self._quantized_modules()
+        self._store: TensorStore = self._gguf if self._gguf is not None else SafetensorsStore(self.directory)
+        self._where = self._store.shapes
+        check_sizes(self.directory, self.config, self._where, self.modules)
+
+    def _quantized_modules(self) -> Mapping[str, Mapping[str, Any]]:
+        stated = self.values.get("quantization_config")
+        if not stated:
+            return {}
+        if not isinstance(stated, dict):
+            raise CheckpointError(f"{self.directory}: quantization_config must be an object")
+        method = stated.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"{self.directory}: quant_method = {method!r} is not supported; supported: {QUANT_METHOD!r}, "
+                "or full precision"
+            )
+        if stated.get("version") != 1:
+            raise CheckpointError(f"{self.directory}: BCQ format version {stated.get('version')}; this hcx reads 1")
+        modules: Mapping[str, Mapping[str, Any]] = stated.get("modules", {})
+        if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
+            raise CheckpointError(f"{self.directory}: quantization_config.modules must map names to settings")
+        return modules
+
+    def names(self) -> list[str]:
+        """Names of the stored tensors."""
+        return list(self._where)
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, in its stored type.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        if name not in self._where:
+            raise CheckpointError(
+                f"{self.directory}: the weight files lack {name!r}: incomplete, or not of this config.json"
+            )
+        return self._store.read(name)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None if it has none.
+
+        Raises:
+            DataError: damaged, or of a kind that is not read.
+            CheckpointError: not the one that the model was trained with.
+        """
+        if self._gguf is None:
+            return _tokenizer(self.directory)
+        found = self._gguf.tokenizer()
+        check_tokenizer(found, self.config.vocab_size, self.directory)
+        return found
+
+    def write_tokenizer(self, directory: Path) -> bool:
+        """Puts the model's tokenizer files into a directory; says whether there were any."""
+        if self._gguf is None:
+            copy_tokenizer(self.directory, directory)
+        else:
+            found = self.tokenizer()
+            if found is not None:
+                found.save(directory)
+        return (directory / "tokenizer.json").is_file()
+
+    def packed(self, stem: str) -> PackedWeight:
+        """One binary-coded weight."""
+        entry = self.modules[stem]
+        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        try:
+            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+        except KernelError as error:
+            raise CheckpointError(f"{self.directory}: {error}") from None
+
+    def weight(self, name: str) -> Tensor:
+        """A dense weight by canonical name; a binary-coded one is dequantized."""
+        stem = name.removesuffix(".weight")
+        return self.packed(stem).dequantize() if stem in self.modules else self.read(name)
+
+    def close(self) -> None:
+        """Releases the files."""
+        self._store.close()
+
+    def __enter__(self) -> ModelFiles:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @dataclass
@@ -197,7 +298,7 @@ def _tell_other_base(adapter: Path, directory: Path) -> None:
 
 def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | None:
     """The adapter's own tokenizer files, whose chat format may differ from the model's; its ids may not."""
-    adapted = tokenizer_of(directory)
+    adapted = _tokenizer(directory)
     if adapted is None or base is None:
         return adapted or base
     if adapted.digest != base.digest:
@@ -206,3 +307,19 @@ def _adapted_tokenizer(directory: Path, base: Tokenizer | None) -> Tokenizer | N
             f"model's ({base.digest[:12]}); give the model that it was trained on"
         )
     return adapted
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from hcx.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(directory)
+    if is_complete(directory):
+        stated = read_manifest(directory).counts.get("tokenizer_digest")
+        if stated and stated != tokenizer.digest:
+            raise CheckpointError(
+                f"{directory}: tokenizer.json (digest {tokenizer.digest[:12]}) is not the one this model was trained "
+                f"with ({str(stated)[:12]}); restore the original file"
+            )
+    return tokenizer

@@ -264,7 +264,7 @@ def _with_number(data: bytes, before: bytes, number: int, form: str = "<Q", skip
         (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], "cannot hold them"),
         (lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:], "cannot hold them"),
         (lambda data: data[:24] + struct.pack("<Q", 2**60) + data[32:], "at most 65536 are allowed"),
-        (lambda data: data[:9000], "are left"),
+        (lambda data: data[:5000], "are left"),
         (lambda data: data[:-1], "reaches to byte"),
         (lambda data: _with_number(data, b"tokenizer.ggml.tokens", 2**40, skip=8), "elements; all arrays may have"),
         (lambda data: _with_number(data, b"tokenizer.ggml.tokens", 9, "<I", skip=4), "array of the type 9"),

@@ -79,18 +79,10 @@ class GGUFModel:
         """Closes the files."""
         close_all(self._files)
 
-    def names(self) -> list[str]:
-        """Canonical names of the stored weights."""
-        return list(self._where)
-
-    def has(self, name: str) -> bool:
-        """Whether there is a weight of that name."""
-        return name in self._where
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a stored weight."""
-        file, stored = self._where[name]
-        return file.tensors[stored].shape
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Canonical name of every stored weight -> its shape."""
+        return {name: file.tensors[stored].shape for name, (file, stored) in self._where.items()}
 
     def read(self, name: str) -> Tensor:
         """One weight by canonical name, in this decoder's order of rows; quantized ones come in fp32.
@@ -152,7 +144,7 @@ class GGUFModel:
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
+            "vocab_size": self.shapes["model.embed_tokens.weight"][0],
             "hidden_size": hidden,
             "intermediate_size": self._integer("feed_forward_length"),
             "num_hidden_layers": layers,
@@ -197,7 +189,7 @@ class GGUFModel:
         return float(f"{value:.7g}")
 
     def _check_shapes(self) -> None:
-        expected = _shapes(self.values)
+        expected, shapes = _shapes(self.values), self.shapes
         if self.values["num_hidden_layers"] * len(_BLOCK) > len(self._where):
             raise CheckpointError(
                 f"{self.path}: llama.block_count = {self.values['num_hidden_layers']}, but it holds only "
@@ -211,9 +203,9 @@ class GGUFModel:
                     f"{self.values['num_hidden_layers']}"
                 )
             wanted = expected[parts[-2]]
-            if self.shape(name) != wanted:
+            if shapes[name] != wanted:
                 raise CheckpointError(
-                    f"{file.path}: {stored!r} has the shape {self.shape(name)}, its metadata say {wanted}"
+                    f"{file.path}: {stored!r} has the shape {shapes[name]}, its metadata say {wanted}"
                 )
 
 
