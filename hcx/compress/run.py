@@ -14,7 +14,7 @@ from torch import Tensor
 from hcx.artifacts import artifact_input, digest_file, new_artifact
 from hcx.compress.plan import CompressPlan, ModulePlan
 from hcx.errors import CheckpointError, ConfigError
-from hcx.model.convert.hf import copy_tokenizer, write_json, write_weights
+from hcx.model.convert.hf import write_json, write_weights
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
 STEM = "bcq"
@@ -140,7 +140,7 @@ def compress_model(
                 "modules": entries,
             }
             write_json(artifact.path / "config.json", {**files.values, "quantization_config": quantization})
-            copy_tokenizer(source, artifact.path)
+            files.write_tokenizer(artifact.path)
             generation = source / "generation_config.json"
             if generation.is_file():
                 (artifact.path / generation.name).write_bytes(generation.read_bytes())
@@ -153,8 +153,8 @@ def compress_model(
                 "kept_weights": summary.kept_weights,
                 "file_bytes": summary.file_bytes,
             }
-            if (source / "tokenizer.json").is_file():
-                artifact.counts["tokenizer_digest"] = digest_file(source / "tokenizer.json")
+            if (artifact.path / "tokenizer.json").is_file():
+                artifact.counts["tokenizer_digest"] = digest_file(artifact.path / "tokenizer.json")
     return summary
 
 
@@ -173,6 +173,8 @@ def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str
 
 
 def _weight_bytes(directory: Path) -> int:
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 

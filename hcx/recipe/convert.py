@@ -14,6 +14,7 @@ from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.adapters import Adapter, LoRAConfig
 from hcx.model.config import ModelConfig
+from hcx.model.convert.gguf_file import SUFFIX, is_gguf
 from hcx.model.convert.hf import copy_tokenizer, export_hf
 from hcx.model.convert.peft import read_adapter, write_adapter
 from hcx.model.load import ModelFiles, tensor_names
@@ -111,7 +112,7 @@ def convert_model(
     """Writes a full-precision model directory.
 
     Args:
-        source: a model directory (full precision or BCQ) or a checkpoint directory.
+        source: a model directory (full precision or BCQ), a GGUF file, or a checkpoint directory.
         destination: must not exist.
         dtype: of the written weights.
         manifest: keep `manifest.json` in the result.
@@ -120,10 +121,12 @@ def convert_model(
     Raises:
         CheckpointError: the source is neither, or the adapter does not fit it.
     """
-    if (source / "config.json").is_file():
+    if is_gguf(source) or (source / "config.json").is_file():
         _convert_directory(source, destination, dtype, adapter)
     elif not _is_checkpoint(source):
-        raise CheckpointError(f"{source}: neither a model directory (config.json) nor a complete checkpoint")
+        raise CheckpointError(
+            f"{source}: neither a model directory (config.json), nor a GGUF file (*{SUFFIX}), nor a complete checkpoint"
+        )
     elif adapter is not None:
         raise ConfigError(f"--adapter goes with a model directory, and {source} is a checkpoint")
     else:
@@ -146,8 +149,8 @@ def _convert_directory(source: Path, destination: Path, dtype: torch.dtype, adap
             inputs.append(artifact_input("adapter", adapter))
         weights = ((name, files.weight(name)) for name in names)
         tensors = weights if updates is None else ((n, updates.merged(n, weight)) for n, weight in weights)
-        tokenizer = source if (source / "tokenizer.json").is_file() else None
         with new_artifact(destination, "model", {"dtype": str(dtype)}, inputs) as artifact:
+            tokenizer = artifact.path if files.write_tokenizer(artifact.path) else None
             export_hf(artifact.path, files.config, tensors, tokenizer, dtype)
             if adapter is not None:
                 # Its chat format is the one that was trained.
