@@ -43,15 +43,26 @@ class ModelFiles:
         values: `config.json`.
         config: the decoder's configuration.
         modules: stem -> entry of `quantization_config.modules`; empty for full precision.
+        bits: the width at which weights that have several are read; the widest if None.
+
+    Raises:
+        CheckpointError: the directory is no model, is damaged, or has no such width.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, bits: int | None = None) -> None:
         self.directory = Path(directory)
+        self.bits = bits
         if not self.directory.is_dir():
             raise CheckpointError(f"{directory}: no such model directory")
         self.values = _read_json(self.directory / "config.json")
         self.config = config_from_hf(self.values, str(self.directory / "config.json"))
         self.modules = self._quantized_modules()
+        if bits is not None and not any(bits in self._widths(entry) for entry in self.modules.values()):
+            there = sorted({width for entry in self.modules.values() for width in self._widths(entry)})
+            raise CheckpointError(
+                f"{self.directory}: no weights of {bits} bits; "
+                + (f"this model is served at {', '.join(map(str, there))}" if there else "it is not binary-coded")
+            )
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self._where = self._index()
@@ -70,6 +81,10 @@ class ModelFiles:
             raise CheckpointError(f"{self.directory}: BCQ format version {stated.get('version')}; this hcx reads 1")
         modules: Mapping[str, Mapping[str, Any]] = stated.get("modules", {})
         return modules
+
+    @staticmethod
+    def _widths(entry: Mapping[str, Any]) -> list[int]:
+        return list(entry.get("widths") or [entry.get("bits")])
 
     def _index(self) -> dict[str, str]:
         files = sorted(path.name for path in self.directory.glob("*.safetensors"))
@@ -110,11 +125,13 @@ class ModelFiles:
         return tensor
 
     def packed(self, stem: str) -> PackedWeight:
-        """One binary-coded weight."""
+        """One binary-coded weight, at the width asked for if it has several."""
         entry = self.modules[stem]
-        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        names = [name for name in PackedWeight.tensor_names(stem, entry) if name in self._where]
         try:
-            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            packed = PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            # A weight of one width, or without this one (a rule of the plan), is served as it is.
+            return packed.at(self.bits if self.bits in packed.narrow and self.bits is not None else packed.bits)
         except KernelError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
 
@@ -198,6 +215,7 @@ def load_model(
     device: torch.device | str = "cpu",
     numerics: str = "reference",
     adapter: str | Path | None = None,
+    bits: int | None = None,
 ) -> LoadedModel:
     """Loads a model for inference.
 
@@ -207,12 +225,13 @@ def load_model(
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
         adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights.
+        bits: the width of a model with nested planes; the widest if not given.
 
     Raises:
         CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
     """
     device = torch.device(device)
-    with ModelFiles(directory) as files:
+    with ModelFiles(directory, bits) as files:
         if dtype is None:
             stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
             dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
