@@ -190,7 +190,10 @@ def _greedy(groups: Tensor, importance: Tensor | None, bits: int, offset: bool, 
 
 
 def _refined(groups: Tensor, importance: Tensor | None, bits: int, offset: bool) -> Codes:
-    """All scales solved anew after each plane's signs (Guo et al., section 3.2)."""
+    """All scales solved anew after each plane's signs (Guo et al., section 3.2).
+
+    `_as_stored` then takes the nearest codes for the last scales, which the paper does not.
+    """
     patterns = torch.zeros_like(groups, dtype=torch.int64)
     offsets = weighted_mean(groups, importance) if offset else groups.new_zeros(groups.shape[0])
     codes = Codes(patterns, groups.new_zeros(groups.shape[0], 0), offsets)
