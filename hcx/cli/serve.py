@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
             list[str] | None, typer.Option(help="NAME=DIR: an adapter directory, served with the model as NAME.")
         ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
+        bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
         max_batch: Annotated[int, typer.Option(help="Requests that generate at the same time.", min=1)] = 8,
@@ -68,7 +69,7 @@ def register(app: typer.Typer) -> None:
 
         listener = bind(host, port)
         try:
-            server = make_server(load_for_inference(model, numerics, kernel, device, updates), config, keys)
+            server = make_server(load_for_inference(model, numerics, kernel, device, updates, bits), config, keys)
             shown = f"[{host}]" if ":" in host else host
             echo(f"serving {config.model_name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
             sys.stdout.flush()

@@ -44,9 +44,13 @@ class ModelFiles:
         values: `config.json`, or what it would say.
         config: the decoder's configuration.
         modules: stem -> entry of `quantization_config.modules`; empty for full precision.
+        bits: the width at which weights that have several are read; the widest if None.
+
+    Raises:
+        CheckpointError: the directory is no model, is damaged, or has no such width.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, bits: int | None = None) -> None:
         self.directory = Path(directory)
         self._gguf = GGUFModel(self.directory) if is_gguf(self.directory) else None
         if self._gguf is None and not self.directory.is_dir():
@@ -56,6 +60,13 @@ class ModelFiles:
         self.values = self._gguf.values if self._gguf is not None else read_json(self.directory / "config.json")
         self.config = config_from_hf(self.values, str(self.directory / "config.json"))
         self.modules = self._quantized_modules()
+        self.bits = bits
+        if bits is not None and not any(bits in self._widths(entry) for entry in self.modules.values()):
+            there = sorted({width for entry in self.modules.values() for width in self._widths(entry)})
+            raise CheckpointError(
+                f"{self.directory}: no weights of {bits} bits; "
+                + (f"this model is served at {', '.join(map(str, there))}" if there else "it is not binary-coded")
+            )
         self._store: TensorStore = self._gguf if self._gguf is not None else SafetensorsStore(self.directory)
         self._where = self._store.shapes
         check_sizes(self.directory, self.config, self._where, self.modules)
@@ -78,6 +89,10 @@ class ModelFiles:
         if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
             raise CheckpointError(f"{self.directory}: quantization_config.modules must map names to settings")
         return modules
+
+    @staticmethod
+    def _widths(entry: Mapping[str, Any]) -> list[int]:
+        return list(entry.get("widths") or [entry.get("bits")])
 
     def names(self) -> list[str]:
         """Names of the stored tensors."""
@@ -119,11 +134,13 @@ class ModelFiles:
         return (directory / "tokenizer.json").is_file()
 
     def packed(self, stem: str) -> PackedWeight:
-        """One binary-coded weight."""
+        """One binary-coded weight, at the width asked for if it has several."""
         entry = self.modules[stem]
-        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        names = [name for name in PackedWeight.tensor_names(stem, entry) if name in self._where]
         try:
-            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            packed = PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            # A weight of one width, or without this one (a rule of the plan), is served as it is.
+            return packed.at(self.bits if self.bits in packed.narrow and self.bits is not None else packed.bits)
         except KernelError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
 
@@ -206,6 +223,7 @@ def load_model(
     device: torch.device | str = "cpu",
     numerics: str = "reference",
     adapter: str | Path | None = None,
+    bits: int | None = None,
 ) -> LoadedModel:
     """Loads a model for inference.
 
@@ -215,12 +233,13 @@ def load_model(
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
         adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights.
+        bits: the width of a model with nested planes; the widest if not given.
 
     Raises:
         CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
     """
     device = torch.device(device)
-    with ModelFiles(directory) as files:
+    with ModelFiles(directory, bits) as files:
         if dtype is None:
             stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
             dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
