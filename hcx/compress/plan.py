@@ -11,11 +11,15 @@ from pydantic import AfterValidator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
+from hcx.compress.clusters import Clusters
+from hcx.compress.prune_plan import Pruning
 from hcx.compress.uniform import quantize_uniform
 from hcx.config import Config
 from hcx.errors import ConfigError, did_you_mean
 from hcx.kernels import PackedWeight
 from hcx.kernels.format import MAX_BITS
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
+from hcx.kernels.segmented import SegmentedWeight
 
 MethodName = Literal["alternating", "greedy", "uniform"]
 METHODS: tuple[MethodName, ...] = ("alternating", "greedy", "uniform")
@@ -53,13 +57,34 @@ class ModulePlan(Config):
     """A constant per group beside the scales (`uniform` always has one)."""
     scale_dtype: ScaleName = "fp16"
     """How scales are stored."""
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
+    clusters: Clusters | None = None
+    """Frequent rows of the embedding or the output get more planes than rare ones; `bits` is the largest number."""
 
-    def quantize(self, weight: Tensor) -> PackedWeight:
+    @model_validator(mode="after")
+    def _check_prune(self) -> Self:
+        special = [name for name in ("prune", "clusters") if getattr(self, name) is not None]
+        if len(special) > 1:
+            raise ValueError("prune and clusters do not go together")
+        if self.prune is not None and (self.method != "alternating" or self.offset):
+            raise ValueError("prune: pruned weights are coded with method: alternating and offset: false")
+        return self
+
+    def quantize(self, weight: Tensor) -> PackedWeight | MaskedWeight | EncodedWeight | SegmentedWeight:
         """Quantizes one weight `[out, in]`."""
         dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
+        if self.prune is not None:
+            return self.prune.compress(weight, self.bits, self.group_size, self.rounds, dtype)
+        if self.clusters is not None:
+            return self.clusters.compress(weight, self.bits, self._quantize_rows)
+        return self._quantize_rows(weight, self.bits)
+
+    def _quantize_rows(self, weight: Tensor, bits: int) -> PackedWeight:
+        dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
         if self.method == "uniform":
-            return quantize_uniform(weight, self.bits, self.group_size, dtype)
-        return quantize(weight, self.bits, self.group_size, self.method, self.rounds, self.offset, dtype)
+            return quantize_uniform(weight, bits, self.group_size, dtype)
+        return quantize(weight, bits, self.group_size, self.method, self.rounds, self.offset, dtype)
 
 
 class PlanRule(Config):
@@ -81,6 +106,8 @@ class PlanRule(Config):
     """A constant per group beside the scales."""
     scale_dtype: ScaleName | None = None
     """How scales are stored."""
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
 
     def changes(self) -> dict[str, object]:
         """What it states, by name."""
@@ -104,6 +131,12 @@ class CompressPlan(Config):
     """Settings of the token embedding, and of the output where they are tied; kept if absent."""
     output: ModulePlan | None = None
     """Settings of an output matrix of its own; kept if absent."""
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> Self:
+        if self.default.clusters is not None:
+            raise ValueError("default.clusters: only embedding and output have rows that are tokens")
+        return self
 
     def module(self, stem: str) -> ModulePlan | None:
         """Settings of a module, or None if its weight is kept."""

@@ -20,7 +20,7 @@ from hcx.errors import KernelError
 VERSION = 1
 MAX_BITS = 8
 SCALE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-UNSUPPORTED = ("row_segments", "row_order", "in_order", "encoding", "activation_ranges")
+UNSUPPORTED = ("in_order", "activation_ranges")
 """Optional keys of the format that this version refuses by name."""
 
 
@@ -121,6 +121,10 @@ class PackedWeight:
         offset = None if self.offset is None else self.offset.to(device)
         return replace(self, planes=self.planes.to(device), scales=self.scales.to(device), offset=offset)
 
+    def to_packed(self) -> PackedWeight:
+        """Itself; what other forms on disk become at load."""
+        return self
+
     def to_tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors as stored: `STEM.planes`, `STEM.scales` and, if there is one, `STEM.offset`."""
         tensors = {f"{stem}.planes": self.planes, f"{stem}.scales": self.scales}
@@ -150,6 +154,15 @@ class PackedWeight:
         for key in UNSUPPORTED:
             if entry.get(key):
                 raise KernelError(f"{stem}: the option {key!r} is not supported by this version of hcx")
+        # Other forms on disk become this one at load, so that every kernel serves them.
+        if entry.get("mask") or entry.get("encoding"):
+            from hcx.kernels.masked import read_masked
+
+            return read_masked(stem, tensors, entry).to_packed()
+        if entry.get("row_segments") or entry.get("row_order"):
+            from hcx.kernels.segmented import read_segmented
+
+            return read_segmented(stem, tensors, entry).to_packed()
         names = [f"{stem}.planes", f"{stem}.scales", *([f"{stem}.offset"] if entry.get("offset") else [])]
         for name in names:
             if name not in tensors:

@@ -112,7 +112,7 @@ class ModelFiles:
     def packed(self, stem: str) -> PackedWeight:
         """One binary-coded weight."""
         entry = self.modules[stem]
-        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        names = [name for name in self._where if name.rpartition(".")[0] == stem]
         try:
             return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
         except KernelError as error:
