@@ -11,14 +11,18 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
+from hcx.compress.clusters import Clusters
 from hcx.compress.feedback import quantize_to_outputs
 from hcx.compress.methods import GridOptions, find_method
 from hcx.compress.nested import check_widths, quantize_nested, quantize_nested_to_outputs
+from hcx.compress.prune_plan import Pruning
 from hcx.compress.uniform import quantize_uniform, search_uniform
 from hcx.config import Config
 from hcx.errors import ConfigError, did_you_mean
 from hcx.kernels import PackedWeight
 from hcx.kernels.format import MAX_BITS
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
+from hcx.kernels.segmented import SegmentedWeight
 
 if TYPE_CHECKING:
     from hcx.compress.calibration import InputStatistics
@@ -81,6 +85,11 @@ class ModulePlan(Config):
     widths: tuple[int, ...] = ()
     """Numbers of planes that one artifact is served with, such as [2, 3, 4], ending with `bits`; none: only `bits`."""
 
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
+    clusters: Clusters | None = None
+    """Frequent rows of the embedding or the output get more planes than rare ones; `bits` is the largest number."""
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.importance and not self.feedback and self.method == "uniform":
@@ -90,6 +99,14 @@ class ModulePlan(Config):
                 check_widths(self.widths, self.bits, find_method(self.method))
             except ConfigError as error:
                 raise ValueError(str(error)) from None
+        special = [name for name in ("prune", "clusters", "widths") if getattr(self, name)]
+        if len(special) > 1:
+            raise ValueError(f"{' and '.join(special)} do not go together")
+        if self.prune is not None and (self.method != "alternating" or self.offset or self.needs_statistics):
+            raise ValueError(
+                "prune: pruned weights are coded with method: alternating, offset: false, and without importance and "
+                "feedback"
+            )
         return self
 
     @property
@@ -97,7 +114,9 @@ class ModulePlan(Config):
         """Whether it reads what the layer reads."""
         return self.importance or self.feedback
 
-    def quantize(self, weight: Tensor, statistics: InputStatistics | None = None) -> PackedWeight:
+    def quantize(
+        self, weight: Tensor, statistics: InputStatistics | None = None
+    ) -> PackedWeight | MaskedWeight | EncodedWeight | SegmentedWeight:
         """Quantizes one weight `[out, in]`.
 
         Args:
@@ -110,8 +129,16 @@ class ModulePlan(Config):
         if self.needs_statistics and statistics is None:
             raise ConfigError("importance and feedback need calibration text, and statistics of the layer's inputs")
         dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
+        if self.prune is not None:
+            return self.prune.compress(weight, self.bits, self.group_size, self.rounds, dtype)
+        if self.clusters is not None:
+            return self.clusters.compress(weight, self.bits, self._quantize_rows)
+        return self._quantize_rows(weight, self.bits, statistics)
+
+    def _quantize_rows(self, weight: Tensor, bits: int, statistics: InputStatistics | None = None) -> PackedWeight:
+        dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
         method = find_method(self.method)
-        options = GridOptions(self.bits, self.rounds, self.offset, dtype)
+        options = GridOptions(bits, self.rounds, self.offset, dtype)
         if self.feedback and statistics is not None:
             gram, size = statistics.gram, self.group_size
             if self.widths:
@@ -123,12 +150,12 @@ class ModulePlan(Config):
         if self.widths:
             return quantize_nested(weight, self.widths, method, options, self.group_size, importance)
         if self.method == "uniform":
-            return quantize_uniform(weight, self.bits, self.group_size, dtype)
+            return quantize_uniform(weight, bits, self.group_size, dtype)
         if self.method == "searched":
-            return search_uniform(weight, self.bits, self.group_size, dtype, importance)
+            return search_uniform(weight, bits, self.group_size, dtype, importance)
         return quantize(
             weight,
-            self.bits,
+            bits,
             self.group_size,
             self.method,  # type: ignore[arg-type] # the validator knows the names
             self.rounds,
@@ -167,6 +194,8 @@ class PlanRule(Config):
     """Visit columns in the order of falling activation."""
     widths: tuple[int, ...] | None = None
     """Numbers of planes that one artifact can be served with."""
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
 
     def changes(self) -> dict[str, object]:
         """What it states, by name."""
@@ -230,6 +259,12 @@ class CompressPlan(Config):
         """Whether calibration text is read at all."""
         by_rule = any(rule.importance or rule.feedback for rule in self.rules)
         return self.calibration.scaling or self.default.needs_statistics or by_rule
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> Self:
+        if self.default.clusters is not None:
+            raise ValueError("default.clusters: only embedding and output have rows that are tokens")
+        return self
 
     def module(self, stem: str) -> ModulePlan | None:
         """Settings of a module, or None if its weight is kept."""

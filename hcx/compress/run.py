@@ -18,8 +18,8 @@ from hcx.compress.scaling import ScaleSearch
 from hcx.compress.uniform import quantize_uniform
 from hcx.data.batch import MicroBatch
 from hcx.errors import CheckpointError, ConfigError
-from hcx.model.convert.hf import write_json, write_weights
 from hcx.kernels import PackedWeight
+from hcx.model.convert.hf import write_json, write_weights
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
 STEM = "bcq"

@@ -20,7 +20,7 @@ from hcx.errors import KernelError
 VERSION = 1
 MAX_BITS = 8
 SCALE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-UNSUPPORTED = ("row_segments", "row_order", "in_order", "encoding", "activation_ranges")
+UNSUPPORTED = ("in_order", "activation_ranges")
 """Optional keys of the format that this version refuses by name."""
 
 
@@ -152,6 +152,10 @@ class PackedWeight:
         }
         return replace(self, planes=self.planes.to(device), scales=self.scales.to(device), offset=offset, narrow=narrow)
 
+    def to_packed(self) -> PackedWeight:
+        """Itself; what other forms on disk become at load."""
+        return self
+
     def to_tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors as stored: `STEM.planes`, `STEM.scales`, `STEM.offset` if any; `_W` after narrower widths'."""
         tensors = {f"{stem}.planes": self.planes}
@@ -195,6 +199,15 @@ class PackedWeight:
         for key in UNSUPPORTED:
             if entry.get(key):
                 raise KernelError(f"{stem}: the option {key!r} is not supported by this version of hcx")
+        # Other forms on disk become this one at load, so that every kernel serves them.
+        if entry.get("mask") or entry.get("encoding"):
+            from hcx.kernels.masked import read_masked
+
+            return read_masked(stem, tensors, entry).to_packed()
+        if entry.get("row_segments") or entry.get("row_order"):
+            from hcx.kernels.segmented import read_segmented
+
+            return read_segmented(stem, tensors, entry).to_packed()
         for name in cls.tensor_names(stem, entry):
             if name not in tensors:
                 raise KernelError(f"{name}: missing from the weight files")

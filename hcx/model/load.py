@@ -136,7 +136,7 @@ class ModelFiles:
     def packed(self, stem: str) -> PackedWeight:
         """One binary-coded weight, at the width asked for if it has several."""
         entry = self.modules[stem]
-        names = [name for name in PackedWeight.tensor_names(stem, entry) if name in self._where]
+        names = [name for name in self._where if name.rpartition(".")[0] == stem]
         try:
             packed = PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
             # A weight of one width, or without this one (a rule of the plan), is served as it is.
