@@ -9,6 +9,7 @@ from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import violations
 from hcx.errors import ConfigError
 from hcx.model.adapters import target_stems
+from hcx.recipe.regularise import regularise_fits
 from hcx.recipe.train import ChatSection, TrainRecipe
 
 Check = Callable[[TrainRecipe, int], Iterator[str]]
@@ -159,6 +160,7 @@ CHECKS: dict[str, Check] = {
     "conversations fit a micro-batch": _conversations_fit,
     "the objective suits the data": _objective_suits,
     "an adapter has a base": _adapter_has_a_base,
+    "regularisation fits the run, the model and the engine": regularise_fits,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hcx.compress.regularise import RegulariseConfig
 from hcx.config import Config, apply_overrides, decode, resolve_extends
 from hcx.data.chat_rows import ChatSource
 from hcx.data.fim import FimConfig
@@ -111,6 +112,8 @@ class TrainRecipe(Config):
     """The loss; what suits the data if not given: `next_token` for text, `sft` for conversations."""
     adapter: LoRAConfig | None = None
     """Train a low-rank adapter on top of the frozen model of `init_from`; all weights if not given."""
+    regularise: RegulariseConfig | None = None
+    """Compress the masters every so many steps, so that the run ends in a compressed model; null: never."""
     train: TrainerConfig
     """Length, batch, intervals."""
     optim: OptimConfig = OptimConfig()
