@@ -1,16 +1,28 @@
-"""Runs that compress while they train: the transform, the planes at the end, and what cannot run."""
+"""Runs that compress while they train: the transforms, the planes at the end, and what cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from hcx.compress.regularise import PlaneStore, Regularise, RegulariseConfig, check_plan, matrix_shapes
+import torch
+from torch import Tensor
+
+from hcx.compress.flexor import Flexor, check_flexor, packed_of
+from hcx.compress.regularise import (
+    PlaneStore,
+    Regularise,
+    RegulariseConfig,
+    check_plan,
+    matrix_shapes,
+    write_packed_model,
+)
 from hcx.compress.regularise.config import PACKED_RULES, BCQRule, LowRankRule, PruneRule, UniformRule
 from hcx.engine.config import MegatronEngineConfig
 from hcx.kernels import PackedWeight
 from hcx.model.transforms import ModelTransform
 from hcx.optim import lr_factor
+from hcx.recipe.convert import DTYPES
 from hcx.recipe.train import TrainRecipe
 
 PLANES = "planes"
@@ -18,7 +30,9 @@ PLANES = "planes"
 
 
 def regularise_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
-    """What compresses the masters on the way; nothing for other runs."""
+    """What compresses on the way: events on the masters, or layers of another form; nothing for other runs."""
+    if recipe.flexor is not None:
+        return [Flexor(recipe.flexor, recipe.seed, recipe.optim.schedule.warmup_steps)]
     if recipe.regularise is None:
         return []
     steps, schedule = recipe.train.steps, recipe.optim.schedule
@@ -50,6 +64,40 @@ def planes_of(recipe: TrainRecipe, step: int) -> dict[str, PackedWeight]:
 def has_planes(config: RegulariseConfig, recipe: TrainRecipe) -> bool:
     """Whether the run ends in binary-coded weights."""
     return any(isinstance(rule, PACKED_RULES) for rule in config.rules(list(matrix_shapes(recipe.model))).values())
+
+
+def flexor_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
+    """What cannot run of FleXOR, found before the first step."""
+    config = recipe.flexor
+    if config is None:
+        return
+    for name in ("adapter", "regularise"):
+        if getattr(recipe, name) is not None:
+            yield f"flexor beside {name}: the dense weights that {name} works on are gone; remove one of the sections"
+    shapes = matrix_shapes(recipe.model)
+    yield from check_flexor(config, list(shapes))
+    if not isinstance(recipe.engine, MegatronEngineConfig) or recipe.engine.tensor_parallel < 2:
+        return
+    tp, told = recipe.engine.tensor_parallel, set()
+    for stem, shape in shapes.items():
+        if config.n_in_of(stem) is None or not stem.endswith((".o_proj", ".down_proj")) or shape[1] % tp:
+            continue
+        local, group = shape[1] // tp, min(config.group_size, shape[1])
+        if (local % config.n_out or (group < shape[1] and local % group)) and local not in told:
+            told.add(local)
+            yield (
+                f"flexor with engine.tensor_parallel = {tp}: slices of {config.n_out} and groups of {group} inputs "
+                f"must divide the {local} inputs of {stem} on a rank"
+            )
+
+
+def export_flexor(recipe: TrainRecipe, directory: Path, engine_state: dict[str, Tensor], tokenizer: Path) -> None:
+    """Fills a model directory with the planes that trained keys expand to."""
+    assert recipe.flexor is not None
+    packed, encoded = packed_of(recipe.flexor, engine_state, matrix_shapes(recipe.model))
+    kept = [(name, tensor) for name, tensor in engine_state.items() if ".keys." not in name and ".scales." not in name]
+    dtype: torch.dtype = DTYPES[recipe.export.dtype]
+    write_packed_model(directory, recipe.final_model, kept, packed, tokenizer, dtype, encoded)
 
 
 def regularise_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:

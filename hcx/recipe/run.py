@@ -26,7 +26,7 @@ from hcx.recipe.adapt import adapter_transforms, export_adapter_run
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
-from hcx.recipe.regularise import planes_of, regularise_transforms
+from hcx.recipe.regularise import export_flexor, planes_of, regularise_transforms
 from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import TOKENIZER_JSON
@@ -194,7 +194,9 @@ def _export(
     packed = planes_of(recipe, trainer.step)
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
         dtype: torch.dtype = DTYPES[recipe.export.dtype]
-        if packed:
+        if recipe.flexor is not None:
+            export_flexor(recipe, artifact.path, dict(tensors), data.tokenizer_of)
+        elif packed:
             write_packed_model(artifact.path, recipe.final_model, tensors, packed, data.tokenizer_of, dtype)
         else:
             export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, dtype)

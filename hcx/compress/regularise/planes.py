@@ -73,7 +73,7 @@ def write_packed_model(
     packed: Mapping[str, PackedWeight],
     tokenizer: str | Path | None,
     dtype: torch.dtype,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    encoded: Mapping[str, tuple[Tensor, Mapping[str, Any]]] | None = None,
 ) -> None:
     """Fills a model directory with planes as they are; the other weights are stored in a type.
 
@@ -84,7 +84,7 @@ def write_packed_model(
         packed: module -> its planes.
         tokenizer: a directory whose tokenizer files are copied.
         dtype: of the weights without planes.
-        settings: module -> further entries of its description.
+        encoded: module -> (codes, entry `encoding`), for those whose planes are stored as code words.
 
     Raises:
         CheckpointError: a master is not, bit for bit, what its planes stand for.
@@ -93,7 +93,8 @@ def write_packed_model(
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
         special = special_token_ids(tokenizer)
-    write_weights(directory, _stored(tensors, packed, dtype), stem=STEM)
+    encoded = encoded or {}
+    write_weights(directory, _stored(tensors, packed, dtype, encoded), stem=STEM)
     index = directory / f"{STEM}.safetensors.index.json"
     first = next(iter(packed.values()))
     write_json(
@@ -107,7 +108,8 @@ def write_packed_model(
                 "group_size": first.group_size,
                 "weight_file": index.name if index.is_file() else f"{STEM}.safetensors",
                 "modules": {
-                    stem: {**weight.describe(), **(settings or {}).get(stem, {})} for stem, weight in packed.items()
+                    stem: weight.describe() | ({"encoding": encoded[stem][1]} if stem in encoded else {})
+                    for stem, weight in packed.items()
                 },
             },
         },
@@ -119,20 +121,24 @@ def write_packed_model(
 
 
 def _stored(
-    tensors: Iterable[tuple[str, Tensor]], packed: Mapping[str, PackedWeight], dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor]],
+    packed: Mapping[str, PackedWeight],
+    dtype: torch.dtype,
+    encoded: Mapping[str, tuple[Tensor, Mapping[str, Any]]],
 ) -> Iterator[tuple[str, Tensor]]:
-    missing = set(packed)
     for name, tensor in tensors:
         stem = name.removesuffix(".weight")
         weight = packed.get(stem)
         if weight is None:
             yield name, tensor.to(dtype)
             continue
-        missing.discard(stem)
         if not torch.equal(weight.dequantize(torch.float32).cpu(), tensor.float().cpu()):
             raise CheckpointError(
                 f"{name}: the weight is not what the planes of the last event stand for; it was changed after the event"
             )
-        yield from weight.to_tensors(stem).items()
-    if missing:
-        raise CheckpointError(f"planes of {sorted(missing)[0]}, which the model does not have")
+    for stem, weight in packed.items():
+        stored = weight.to_tensors(stem)
+        if stem in encoded:
+            del stored[f"{stem}.planes"]
+            stored[f"{stem}.codes"] = encoded[stem][0]
+        yield from stored.items()
