@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
         top_p: Annotated[float, typer.Option(help="Among the most likely that hold this probability.")] = 0.95,
         repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repeats less likely.")] = 1.0,
         seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
+        adapter: Annotated[
+            Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
         bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,

@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
         stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
         ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
-        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
+        adapter: Annotated[
+            Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "reference",
         bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,

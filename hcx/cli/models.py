@@ -19,6 +19,7 @@ def load_for_inference(
     device: str,
     adapter: Path | None = None,
     bits: int | None = None,
+    tasks: dict[str, Path] | None = None,
 ) -> LoadedModel:
     """Any model directory on the chosen device.
 
@@ -27,8 +28,9 @@ def load_for_inference(
         numerics: class of the kernels.
         kernel: a kernel by name, or None for the automatic choice.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`.
-        adapter: a directory of low-rank updates (PEFT's files), or None.
+        adapter: a directory of low-rank updates (PEFT's files) or of a task's scales, or None.
         bits: the width of a model with nested planes, or None for the widest.
+        tasks: name -> directory of a task's scales, for requests that name it.
 
     Raises:
         ConfigError: an unknown class or device.
@@ -52,4 +54,4 @@ def load_for_inference(
         raise ConfigError(f"--device {device}; valid: auto, cpu, cuda, cuda:N") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no CUDA device here; use --device cpu")
-    return load_model(directory, device=chosen, numerics=numerics, adapter=adapter, bits=bits)
+    return load_model(directory, device=chosen, numerics=numerics, adapter=adapter, bits=bits, tasks=tasks)

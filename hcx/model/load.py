@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, read_manifest
 from hcx.errors import CheckpointError, KernelError
-from hcx.kernels import PackedWeight
+from hcx.kernels import PackedWeight, xor_codes
 from hcx.model.adapters import attach_adapter
 from hcx.model.config import ModelConfig
 from hcx.model.convert.gguf import GGUFModel, check_tokenizer
@@ -23,8 +23,10 @@ from hcx.model.convert.peft import read_adapter
 from hcx.model.decoder import Decoder
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
+from hcx.model.parts.scales import RoutedSource
 from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
 from hcx.model.stores import SafetensorsStore, TensorStore, check_sizes, read_json
+from hcx.model.tasks import ScaleTask, is_task, read_task
 from hcx.model.weights import TensorWeights, load_weights
 from hcx.obs import get_logger
 
@@ -138,7 +140,11 @@ class ModelFiles:
         entry = self.modules[stem]
         names = [name for name in self._where if name.rpartition(".")[0] == stem]
         try:
-            packed = PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            tensors = {name: self.read(name) for name in names}
+            if entry.get("encoding", {}).get("kind") == xor_codes.KIND:
+                tensors[f"{stem}.planes"] = xor_codes.decode_planes(stem, self.read(f"{stem}.codes"), entry)
+                entry = {key: value for key, value in entry.items() if key != "encoding"}
+            packed = PackedWeight.from_tensors(stem, tensors, entry)
             # A weight of one width, or without this one (a rule of the plan), is served as it is.
             return packed.at(self.bits if self.bits in packed.narrow and self.bits is not None else packed.bits)
         except KernelError as error:
@@ -172,6 +178,7 @@ class LoadedModel:
         quantization: `quantization_config` of a binary-coded model, or None.
         numerics: the class that its kernels keep.
         adapter: the directory of the low-rank updates beside its weights, or None.
+        tasks: names of the tasks whose scales rows may ask for; the first one is number 1 (`ForwardMeta.adapter_ids`).
     """
 
     decoder: Decoder
@@ -181,6 +188,7 @@ class LoadedModel:
     quantization: dict[str, Any] | None
     numerics: str = "reference"
     adapter: Path | None = None
+    tasks: tuple[str, ...] = ()
     _unpacked: TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -224,6 +232,7 @@ def load_model(
     numerics: str = "reference",
     adapter: str | Path | None = None,
     bits: int | None = None,
+    tasks: Mapping[str, str | Path] | None = None,
 ) -> LoadedModel:
     """Loads a model for inference.
 
@@ -232,8 +241,10 @@ def load_model(
         dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
-        adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights.
+        adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights; or of a task's
+            scales, which take the place of the model's.
         bits: the width of a model with nested planes; the widest if not given.
+        tasks: name -> directory of a task's scales, for rows that ask for them.
 
     Raises:
         CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
@@ -244,23 +255,39 @@ def load_model(
             stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
             dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
         decoder = Decoder(files.config, PlainParts(dtype, "meta"))
+        merged = read_task(adapter) if adapter is not None and is_task(adapter) else None
+        routed = [read_task(path) for path in (tasks or {}).values()]
+        for task in (*([merged] if merged else []), *routed):
+            _check_task(task, files)
 
         def dense(block: LinearBlock) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(block.global_shape, dtype=dtype, device="meta"))
 
         for part in dict.fromkeys(decoder.linears().values()):
-            use_packed(part, files, device, numerics, dense)
+            use_packed(part, files, device, numerics, dense, merged=merged, tasks=routed)
         decoder.to_empty(device=device)
         load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
         quantization = files.values.get("quantization_config")
         tokenizer = files.tokenizer()
     if adapter is not None:
         adapter = Path(adapter)
-        attach_adapter(decoder, read_adapter(adapter), dtype, device)
+        if merged is None:
+            attach_adapter(decoder, read_adapter(adapter), dtype, device)
         tokenizer = _adapted_tokenizer(adapter, tokenizer)
         _tell_other_base(adapter, files.directory)
     decoder.requires_grad_(False).eval()
-    return LoadedModel(decoder, files.config, tokenizer, files.directory, quantization or None, numerics, adapter)
+    return LoadedModel(
+        decoder, files.config, tokenizer, files.directory, quantization or None, numerics, adapter, tuple(tasks or ())
+    )
+
+
+def _check_task(task: ScaleTask, files: ModelFiles) -> None:
+    foreign = sorted(task.stems - set(files.modules))
+    if foreign:
+        raise CheckpointError(
+            f"{task.directory}: holds scales of {foreign[0]}, which is not binary-coded in {files.directory}; give the "
+            f"model that the task was trained on ({task.base})"
+        )
 
 
 def use_packed(
@@ -270,6 +297,8 @@ def use_packed(
     numerics: str,
     dense: Callable[[LinearBlock], torch.nn.Parameter],
     differentiable: bool = False,
+    merged: ScaleTask | None = None,
+    tasks: Sequence[ScaleTask] = (),
 ) -> None:
     """Lets a linear part multiply with the directory's binary-coded weights, where it has some for it.
 
@@ -280,6 +309,8 @@ def use_packed(
         numerics: class of the kernels.
         dense: makes the parameter of a block that is not binary-coded, in a part where others are.
         differentiable: gradients shall flow through to what comes before the part.
+        merged: a task whose scales take the place of the directory's.
+        tasks: tasks that rows of a batch may ask for.
 
     Raises:
         CheckpointError: a packed weight has another shape than the part.
@@ -294,13 +325,23 @@ def use_packed(
             raise CheckpointError(
                 f"{files.directory}: {block.stem} is {shape}, the configuration says {block.global_shape}"
             )
+    if merged is not None:
+        packed = {stem: merged.merged(stem, weight) for stem, weight in packed.items()}
+
+    def coded(chosen: dict[str, PackedWeight]) -> WeightSource:
+        source = BCQSource(chosen, numerics, differentiable)
+        if not tasks:
+            return source
+        versions = [[task.merged(stem, weight) for stem, weight in chosen.items()] for task in tasks]
+        return RoutedSource(source, list(chosen.values()), versions)
+
     if len(quantized) == len(part.blocks):
-        part.replace_source(BCQSource(packed, numerics, differentiable))
+        part.replace_source(coded(packed))
         return
     sources: dict[str, WeightSource] = {}
     for block in part.blocks:
         if block.stem in packed:
-            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics, differentiable)
+            sources[block.stem] = coded({block.stem: packed[block.stem]})
         else:
             sources[block.stem] = DenseSource(dense(block), [block.alone()])
     part.replace_source(SplitSource(sources))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from hcx.compress.alphatuning import AlphaTuningConfig, tuned_stems
 from hcx.data.token_budget import rounded_up
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import explain, violations
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, HcxError
 from hcx.model.adapters import target_stems
+from hcx.model.load import ModelFiles
 from hcx.obs import get_logger
+from hcx.recipe.regularise import flexor_fits, regularise_fits
 from hcx.recipe.train import ChatSection, TrainRecipe
 
 log = get_logger(__name__)
@@ -118,11 +121,20 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.adapter is None:
         return
     if recipe.init_from is None:
-        yield "adapter: low-rank updates go on top of a trained model; name it by init_from"
+        yield "adapter: it goes on top of a trained model; name it by init_from"
     try:
-        target_stems(recipe.adapter.targets, recipe.model)
-    except ConfigError as error:
+        if not isinstance(recipe.adapter, AlphaTuningConfig):
+            target_stems(recipe.adapter.targets, recipe.model)
+        elif recipe.init_from is not None:
+            with ModelFiles(recipe.init_from) as files:
+                tuned_stems(recipe.adapter, files)
+    except HcxError as error:
         yield str(error)
+    if isinstance(recipe.adapter, AlphaTuningConfig) and isinstance(recipe.data, ChatSection) and recipe.data.preamble:
+        yield (
+            "data.preamble with adapter.kind = alphatuning: a task file holds scales only, so the chat format stays "
+            "that of the model; remove the preamble, or use adapter.kind = lora"
+        )
 
 
 def _dropbp_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
@@ -174,6 +186,8 @@ CHECKS: dict[str, Check] = {
     "the objective suits the data": _objective_suits,
     "an adapter has a base": _adapter_has_a_base,
     "dropped sublayers divide into stages": _dropbp_fits,
+    "regularisation fits the run, the model and the engine": regularise_fits,
+    "FleXOR fits the model and the engine": flexor_fits,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import MANIFEST
+from hcx.compress.alphatuning import AlphaTuningConfig, task_of
+from hcx.compress.flexor import FlexorConfig, packed_of
+from hcx.compress.regularise import matrix_shapes
 from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.adapters import Adapter, LoRAConfig
@@ -18,6 +21,7 @@ from hcx.model.convert.gguf_file import SUFFIX, is_gguf
 from hcx.model.convert.hf import copy_tokenizer, export_hf
 from hcx.model.convert.peft import read_adapter, write_adapter
 from hcx.model.load import ModelFiles, tensor_names
+from hcx.model.tasks import ScaleTask, is_task
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import CHAT_TEMPLATE_FILE
 from hcx.train import CheckpointReader
@@ -53,8 +57,21 @@ class CheckpointModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it was written by an adapter's run."""
-        return self._stated.get("adapter") is not None
+        """Whether it was written by a run that trained low-rank updates."""
+        return self._kind == "lora"
+
+    @property
+    def _kind(self) -> str | None:
+        stated = self._stated.get("adapter")
+        return None if stated is None else str(stated.get("kind", "lora"))
+
+    @property
+    def task(self) -> ScaleTask:
+        """The scales of a run that trained those."""
+        config = AlphaTuningConfig.model_validate(self._stated["adapter"], strict=False)
+        return task_of(
+            config, lambda name: self._reader.read(name, "master"), self._held, self._base, self._reader.directory
+        )
 
     @property
     def adapter(self) -> Adapter:
@@ -72,7 +89,7 @@ class CheckpointModel:
     @property
     def base_is_packed(self) -> bool:
         """Whether the base's weights are binary-coded: the checkpoint then holds the rest only."""
-        return not set(tensor_names(self.config)) <= self._held
+        return self._stated.get("flexor") is None and not set(tensor_names(self.config)) <= self._held
 
     @property
     def tokenizer(self) -> Path | None:
@@ -93,11 +110,31 @@ class CheckpointModel:
         if preamble:
             save_chat_format(Tokenizer.load(self.tokenizer).with_preamble(preamble), directory)
 
+    def _expanded(self) -> Iterator[tuple[str, Tensor]]:
+        """Of a FleXOR run: dense weights, expanded from their keys."""
+        config = FlexorConfig.model_validate(self._stated["flexor"], strict=False)
+        for name in tensor_names(self.config):
+            if name in self._held:
+                yield name, self._reader.read(name, "master")
+                continue
+            stem = name.removesuffix(".weight")
+            mine = {n: self._reader.read(n, "master") for n in self._held if n.startswith(f"{stem}.")}
+            packed, _ = packed_of(config, mine, {stem: matrix_shapes(self.config)[stem]})
+            yield name, packed[stem].dequantize()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, full tensor), one at a time."""
+        if self._stated.get("flexor") is not None:
+            yield from self._expanded()
+            return
         adapter = self.adapter if self.has_adapter else None
         files = ModelFiles(self._base) if self.base_is_packed else None
+        task = self.task if self._kind == "alphatuning" else None
         for name in tensor_names(self.config):
+            stem = name.removesuffix(".weight")
+            if task is not None and files is not None and stem in task.stems:
+                yield name, task.merged(stem, files.packed(stem)).dequantize()
+                continue
             weight = files.weight(name) if files and name not in self._held else self._reader.read(name, "master")
             yield name, weight if adapter is None else adapter.merged(name, weight)
 
@@ -141,6 +178,11 @@ def convert_model(
 
 def _convert_directory(source: Path, destination: Path, dtype: torch.dtype, adapter: Path | None) -> None:
     inputs = [artifact_input("model", source)]
+    if adapter is not None and is_task(adapter):
+        raise ConfigError(
+            f"--adapter {adapter}: a task's scales belong to the planes of its model, and convert writes dense "
+            "weights; give both to generate, eval or serve, or convert the run's checkpoint"
+        )
     updates = None if adapter is None else read_adapter(adapter)
     with ModelFiles(source) as files:
         names = tensor_names(files.config)
@@ -187,7 +229,7 @@ def convert_adapter(source: Path, destination: Path, dtype: torch.dtype) -> None
         )
     model = CheckpointModel(CheckpointReader(source))
     if not model.has_adapter:
-        raise CheckpointError(f"{source}: the run that wrote this checkpoint trained no adapter; use --to hf")
+        raise CheckpointError(f"{source}: the run that wrote this checkpoint trained no low-rank adapter; use --to hf")
     inputs = [artifact_input("checkpoint", source)]
     with new_artifact(destination, "adapter", {"dtype": str(dtype)}, inputs) as artifact:
         write_adapter(artifact.path, model.adapter, str(Path(model.base).resolve()), dtype)

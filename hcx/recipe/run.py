@@ -10,6 +10,7 @@ import torch
 
 from hcx.artifacts import Input, artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import write_atomically
+from hcx.compress.regularise import write_packed_model
 from hcx.config import dump_yaml
 from hcx.dist import init_process_group, process_environment, rehearsal, seed_everything
 from hcx.dist.rendezvous import leave_together
@@ -29,6 +30,7 @@ from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
 from hcx.recipe.drop import dropbp_transforms
+from hcx.recipe.regularise import export_flexor, planes_of, regularise_transforms
 from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import TOKENIZER_JSON
@@ -66,11 +68,16 @@ def run_training(
     """
     rank, world_size, _ = process_environment()
     with one_ending(recipe.out, rank, world_size):
-        return _run_training(recipe, resume, stop, rank, world_size)
+        return _run_training(recipe, resume, stop, extra, rank, world_size)
 
 
 def _run_training(
-    recipe: TrainRecipe, resume: str, stop: Callable[[], str | None] | None, rank: int, world_size: int
+    recipe: TrainRecipe,
+    resume: str,
+    stop: Callable[[], str | None] | None,
+    extra: Sequence[ModelTransform],
+    rank: int,
+    world_size: int,
 ) -> TrainResult:
     check_recipe(recipe, world_size)
     data = open_data(recipe)
@@ -90,7 +97,12 @@ def _run_training(
     inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    transforms = [*adapter_transforms(recipe), *extra, *dropbp_transforms(recipe)]
+    transforms = [
+        *adapter_transforms(recipe),
+        *regularise_transforms(recipe),
+        *extra,
+        *dropbp_transforms(recipe),
+    ]
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
@@ -213,8 +225,15 @@ def _export(
             pass
         return
     made_from = [artifact_input("checkpoint", _final_checkpoint(out)), *inputs]
+    packed = planes_of(recipe, trainer.step)
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
-        export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, DTYPES[recipe.export.dtype])
+        dtype: torch.dtype = DTYPES[recipe.export.dtype]
+        if recipe.flexor is not None:
+            export_flexor(recipe, artifact.path, dict(tensors), data.tokenizer_of)
+        elif packed:
+            write_packed_model(artifact.path, recipe.final_model, tensors, packed, data.tokenizer_of, dtype)
+        else:
+            export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, dtype)
         data.write_tokenizer(artifact.path)
         artifact.counts = {
             "steps": trainer.step,
