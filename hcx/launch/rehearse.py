@@ -163,7 +163,7 @@ def rehearse(recipe: TrainRecipe, run: Runner | None = None, say: Callable[[str]
         saving = small.cases[0].model_copy(update={"save_to": directory})
         cases = [saving, *small.cases[1:]]
         ranks = (run or _spawn)(cases, small.world_size)
-        difference = {
+        difference: dict[str, float] = {
             case.engine.precision: _compare(case, [reports[number] for reports in ranks])
             for number, case in enumerate(cases)
         }
