@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -150,13 +151,19 @@ def reach_the_time_limit(run: Launched, draw: random.Random) -> str:
 
 
 def hold(run: Launched, number: int = signal.SIGSTOP) -> None:
+    """Keeps ranks where they are, or lets them go on, while something takes its time."""
     for process in run.cluster.ranks(run.job).values():
-        os.kill(process, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def preempt(run: Launched, draw: random.Random) -> str:
     wrapped = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    hold(run)
+    before = run.log.count("CANCELLED AT")
     run.cluster.ask("sbatch", *wrapped, check=True)
+    run.until(lambda: run.log.count("CANCELLED AT") > before, "the preemption")
+    hold(run, signal.SIGCONT)
     return "interrupted and resumable (exit code 75; the job is RUNNING)"
 
 

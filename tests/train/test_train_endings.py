@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from hcx.config import dump_yaml
+from hcx.dist.spawn import outcome
 from hcx.engine.config import TorchEngineConfig
 from hcx.obs import read_jsonl
 from hcx.optim import OptimConfig
@@ -122,6 +123,27 @@ def test_the_rank_that_is_left_ends_for_the_reason_of_the_one_that_went(
         text = (out / "failures" / "rank-00001.txt").read_text(encoding="utf-8")
         assert text.splitlines()[0] == f"exit {codes[1]}"
     assert_resumable(out)
+
+
+def test_ranks_with_different_software_end_with_2_and_leave_the_run_as_it_was(shards: str, tmp_path: Path) -> None:
+    out, _ = run(shards, tmp_path, "killed")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    out, ends = run(shards, tmp_path, "other software")
+    assert [end.code for end in ends] == [2, 2], ends
+    for end in ends:
+        assert "nodes run different software" in end.log
+        assert "torch 1.0.0" in end.log
+        assert "Traceback" not in end.log
+    assert_resumable(out)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends"),
+    [([0, 0], 0), ([75, -9], 75), ([-9, 75], 75), ([75, 1], 1), ([2, 75], 2), ([-9, -15], 75), ([-11, -9], 1)],
+)
+def test_a_job_on_one_machine_has_one_exit_code(codes: list[int], ends: int) -> None:
+    assert outcome(codes) == ends
 
 
 def test_a_lost_connection_is_told_from_a_mistake() -> None:
