@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hcx.config import dump_yaml
-from hcx.engine.config import TorchEngineConfig
+from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.obs import TrackingConfig, read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
@@ -54,9 +54,8 @@ def recipe(shards: str, out: Path, steps: int = STEPS, **values: Any) -> TrainRe
             watchdog_s=120.0,
         ),
         optim=OptimConfig(lr=3e-3),
-        engine=TorchEngineConfig(data_parallel=2),
         validation=ValidationSection(max_documents=2),
-        **values,
+        **{"engine": TorchEngineConfig(data_parallel=2), **values},
     )
 
 
@@ -279,3 +278,25 @@ def test_five_times_at_random_moments(cluster: SlurmCluster, shards: str, tmp_pa
         files = {file.name for file in (run.out / "wandb").glob("offline-run-*/*.wandb")}
         assert files == {f"run-{run_id}.wandb"}
         assert len(list((run.out / "wandb").glob("offline-run-*"))) == 6
+
+
+ENGINES = {
+    "deepspeed": DeepSpeedEngineConfig(zero_stage=1, data_parallel=2),
+    "megatron": MegatronEngineConfig(tensor_parallel=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_meets_over_nodes_and_survives(
+    cluster: SlurmCluster, shards: str, tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip(kind)
+    steps = 60
+    reference = straight(recipe(shards, tmp_path / "straight", steps, engine=ENGINES[kind]))
+    run = Launched(cluster, recipe(shards, tmp_path / "disturbed", steps, engine=ENGINES[kind]))
+    draw = random.Random(kind)
+    disturb(run, "rank killed", 7, draw)
+    disturb(run, "preemption", 25, draw)
+    run.finish()
+    assert_same_run(run.out, reference, steps)

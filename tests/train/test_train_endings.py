@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from hcx.config import dump_yaml
 from hcx.dist.spawn import outcome
 from hcx.engine.config import TorchEngineConfig
+from hcx.errors import PeerLost
 from hcx.obs import read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
@@ -18,7 +20,7 @@ from hcx.testing.ranks import RankEnd, train_on_ranks
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_config
 from hcx.train import CheckpointReader, TrainerConfig, find_checkpoint, read_ledger
-from hcx.train.endings import is_lost_peer, read_note
+from hcx.train.endings import is_lost_peer, one_ending, read_note
 
 STEPS = 8
 SAMPLE = 22
@@ -152,3 +154,12 @@ def test_a_lost_connection_is_told_from_a_mistake() -> None:
     assert is_lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(ConnectionResetError("Connection reset by peer"))
+
+
+def test_a_failing_accelerator_is_told_by_its_node_and_leaves_the_run_resumable(tmp_path: Path) -> None:
+    told = f"rank 0 on {socket.gethostname()}: its accelerator failed"
+    with pytest.raises(PeerLost, match=told), one_ending(tmp_path, 0, 1):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+    with pytest.raises(RuntimeError, match="device-side assert"), one_ending(tmp_path, 0, 1):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    assert list(tmp_path.iterdir()) == []
