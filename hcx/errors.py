@@ -43,6 +43,13 @@ class LaunchError(HcxError):
     """Processes cannot be started, or a machine lacks what a run needs."""
 
 
+class PeerLost(LaunchError):
+    """Another process of the run is gone or cannot be reached: nothing of the user's to mend, the run is resumable.
+
+    The command line ends with 75 instead of 2.
+    """
+
+
 class MissingExtra(HcxError):
     """An optional package is not installed."""
 

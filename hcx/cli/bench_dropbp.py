@@ -17,7 +17,7 @@ def bench_drops(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int
     """Steps with and without drops, and the published mechanism with the same masks."""
     import torch
 
-    from hcx.cli.bench import append_csv
+    from hcx.cli.output import append_csv
     from hcx.obs import get_logger
     from hcx.recipe.bench_dropbp import drop_cases, longest_sequence, measure_drop
 
@@ -60,7 +60,7 @@ def bench_drops(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int
 
 def bench_pipeline(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int:
     """Two pipeline stages, with equal drops per stage and without; starts its two processes."""
-    from hcx.cli.bench import append_csv
+    from hcx.cli.output import append_csv
     from hcx.dist import init_process_group, process_environment
     from hcx.dist.spawn import run_local_ranks, this_command
     from hcx.errors import MissingExtra
@@ -123,7 +123,7 @@ def dropbp(
 
     from hcx.artifacts import find_file
     from hcx.artifacts.durable import write_atomically
-    from hcx.cli.bench import append_csv
+    from hcx.cli.output import append_csv
     from hcx.recipe import check_recipe, load_train_recipe
     from hcx.recipe.bench_dropbp_quality import ARMS, Figure, as_row, mean_curves, run_arms, summarise
     from hcx.report import plots

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hcx.cli.output import echo, print_json, table
+from hcx.cli.output import append_csv, echo, print_json, table
 
 if TYPE_CHECKING:
     from hcx.tokenizer import Tokenizer
@@ -23,7 +23,6 @@ def tokenizer(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Encoding speed beside tokenizers, tiktoken and sentencepiece, on the same text and vocabulary."""
-    from hcx.cli.bench import append_csv
     from hcx.errors import ConfigError
     from hcx.obs import get_logger
     from hcx.recipe.bench_tokenizer import Mode, TokenizerRow, measure_encoding

@@ -31,8 +31,11 @@ def register(app: typer.Typer) -> None:
         top_p: Annotated[float, typer.Option(help="Among the most likely that hold this probability.")] = 0.95,
         repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repeats less likely.")] = 1.0,
         seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
+        adapter: Annotated[
+            Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
+        bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     ) -> None:
@@ -44,7 +47,7 @@ def register(app: typer.Typer) -> None:
         from hcx.generate import DEFAULT_MAX_SEQ, Generator, SamplingParams
 
         opening = [] if system is None else [{"role": "system", "content": system}]
-        loaded = load_for_inference(model, numerics, kernel, device, adapter)
+        loaded = load_for_inference(model, numerics, kernel, device, adapter, bits)
         generator = Generator(loaded, 1, max_seq or min(loaded.config.max_seq_len, DEFAULT_MAX_SEQ))
         params = SamplingParams(
             max_tokens=max_tokens if max_tokens is not None else min(512, generator.max_seq // 2),

@@ -11,6 +11,7 @@ from hcx.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
     from hcx.compress import CompressionSummary, CompressPlan
+    from hcx.data import MicroBatch
 
 PLANS = "launch/compress"
 
@@ -26,8 +27,19 @@ def compress(
     plan: Annotated[str | None, typer.Option(help="YAML plan: a file, or a shipped one such as bcq4")] = None,
     bits: Annotated[int | None, typer.Option(help="planes per weight, 1 to 8")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="inputs that share their scales")] = None,
-    method: Annotated[str | None, typer.Option(help="alternating, greedy or uniform")] = None,
+    method: Annotated[str | None, typer.Option(help="alternating, refined, greedy, searched or uniform")] = None,
     offset: Annotated[bool | None, typer.Option("--offset/--no-offset", help="a constant per group")] = None,
+    widths: Annotated[
+        str | None, typer.Option(help="nested planes: serve at any of these, such as 2,3,4; the last is --bits")
+    ] = None,
+    feedback: Annotated[
+        bool | None,
+        typer.Option("--feedback/--no-feedback", help="keep layers' outputs, not weights (reads calibration text)"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="shards whose training text calibration reads; those MODEL was trained on if absent"),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="measure what it cost on held-out text")] = False,
     shards: Annotated[
         Path | None,
@@ -37,22 +49,34 @@ def compress(
 ) -> None:
     """Compresses the linear layers of every block; embedding, output and norms are kept unless a plan says otherwise.
 
-    --bits, --group-size, --method and --offset change the plan's default; without --plan they are the plan.
+    --bits, --group-size, --method, --offset, --widths and --feedback change the plan's default; without --plan they are
+    the plan.
     """
     from hcx.compress import compress_model
     from hcx.errors import ConfigError
     from hcx.model.load import ModelFiles, canonical_names
     from hcx.obs import Progress
 
+    nested = _widths(widths)
+    if bits is None and nested is not None:
+        bits = nested[-1]
     if plan is None and bits is None:
         raise ConfigError("say how: --bits N (1 to 8), or --plan FILE")
-    given = {"bits": bits, "group_size": group_size, "method": method, "offset": offset}
+    given = {
+        "bits": bits,
+        "group_size": group_size,
+        "method": method,
+        "offset": offset,
+        "widths": nested,
+        "feedback": feedback,
+    }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
     text = (shards or _training_shards(model)) if report else None
+    batches = _calibration(model, chosen, plan, calibration)
     with ModelFiles(model) as files:
         total = len(canonical_names(files))
     with Progress("compressing", total, "tensors") as progress:
-        summary = compress_model(model, out, chosen, lambda _: progress.advance())
+        summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches)
     quality = None
     if text is not None:
         from hcx.recipe.quality import measure_quality
@@ -89,7 +113,44 @@ def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
     return chosen.model_copy(update={"default": default})
 
 
-def _training_shards(model: Path) -> Path:
+def _widths(given: str | None) -> list[int] | None:
+    from hcx.errors import ConfigError
+
+    try:
+        return None if given is None else [int(part) for part in given.split(",")]
+    except ValueError:
+        raise ConfigError(f"--widths {given}: expected comma-separated integers, such as 2,3,4") from None
+
+
+def _calibration(
+    model: Path, chosen: CompressPlan, plan: str | None, directory: Path | None
+) -> list[MicroBatch] | None:
+    """The calibration text, if the plan reads any."""
+    from hcx.errors import ConfigError
+
+    if not chosen.needs_calibration:
+        if directory is not None:
+            raise ConfigError(
+                "--calibration has no effect: the plan reads no text; set importance, feedback or calibration.scaling"
+            )
+        return None
+    from hcx.compress.calibration_text import calibration_batches
+    from hcx.data import ShardSet
+    from hcx.model.load import ModelFiles
+    from hcx.tokenizer import Tokenizer
+
+    with ModelFiles(model) as files:
+        max_seq_len = files.config.max_seq_len
+    tokenizer = Tokenizer.load(model) if (model / "tokenizer.json").is_file() else None
+    texts = bool(chosen.calibration.texts)
+    if texts and directory is not None:
+        raise ConfigError("--calibration DIR beside calibration.texts in the plan; give one of them")
+    shards = None if texts else ShardSet.open(directory or _training_shards(model, "--calibration"))
+    folder = Path(plan).parent if plan is not None and Path(plan).exists() else None
+    return calibration_batches(chosen.calibration, max_seq_len, tokenizer, shards, folder)
+
+
+def _training_shards(model: Path, option: str = "--shards") -> Path:
     """The shards that the model's manifest names, if they still lie there."""
     from hcx.artifacts import artifact_input, is_complete, read_manifest
     from hcx.errors import ConfigError
@@ -100,7 +161,8 @@ def _training_shards(model: Path) -> Path:
         if there and artifact_input("shards", item.path).digest == item.digest:
             return Path(item.path)
     raise ConfigError(
-        f"--report: the manifest of {model} leads to no shards that are there; name some with --shards DIR"
+        f"{'--report' if option == '--shards' else 'calibration'}: the manifest of {model} leads to no shards that are "
+        f"there; name some with {option} DIR"
     )
 
 

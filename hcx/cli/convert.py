@@ -1,4 +1,4 @@
-"""`hcx convert`: a checkpoint or any model directory to a Hugging Face directory."""
+"""`hcx convert`: a checkpoint, any model directory or a GGUF file to a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="a model directory or a checkpoint directory")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="a model directory, a GGUF file or a checkpoint directory")
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="new directory")],
     to: Annotated[
         str,
@@ -27,7 +29,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     adapter: Annotated[Path | None, typer.Option(help="adapter directory to merge into the model's weights")] = None,
 ) -> None:
-    """Converts between formats; binary-coded weights are dequantized."""
+    """Converts between formats; binary-coded weights, and those of GGUF files, are dequantized."""
     from hcx.errors import ConfigError, did_you_mean
     from hcx.recipe.convert import DTYPES, convert_adapter, convert_model
 

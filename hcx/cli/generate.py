@@ -26,8 +26,11 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
         stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
         ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
-        adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's form.")] = None,
+        adapter: Annotated[
+            Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
+        ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "reference",
+        bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
         as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
@@ -51,7 +54,7 @@ def register(app: typer.Typer) -> None:
             ignore_eos=ignore_eos,
         )
         text = _standard_input() if prompt is None else prompt
-        loaded = load_for_inference(model, numerics, kernel, device, adapter)
+        loaded = load_for_inference(model, numerics, kernel, device, adapter, bits)
         ids = encode_prompt(loaded, text)
         check_prompt(ids, params, loaded.config.vocab_size, loaded.config.max_seq_len)
         # No larger than needed: a long-context model's whole cache could exceed the memory.

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from hcx.errors import HcxError
+from hcx.errors import HcxError, PeerLost
 from hcx.obs.log import setup_logging
 
 EXIT_USER = 2
@@ -24,9 +24,12 @@ ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base._
 VERBS: tuple[str, ...] = (
     "doctor",
     "demo",
+    "house",
     "data",
     "tokenizer",
+    "plan",
     "train",
+    "launch",
     "convert",
     "compress",
     "evaluate",
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except HcxError as error:
         sys.stderr.write(f"hcx: {error}\n")
-        sys.exit(EXIT_USER)
+        sys.exit(EXIT_RESUMABLE if isinstance(error, PeerLost) else EXIT_USER)
     except ClickException as error:
         error.show()
         sys.exit(EXIT_USER)

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def load_for_inference(
-    directory: Path, numerics: str, kernel: str | None, device: str, adapter: Path | None = None
+    directory: Path,
+    numerics: str,
+    kernel: str | None,
+    device: str,
+    adapter: Path | None = None,
+    bits: int | None = None,
+    tasks: dict[str, Path] | None = None,
 ) -> LoadedModel:
     """Any model directory on the chosen device.
 
@@ -22,7 +28,9 @@ def load_for_inference(
         numerics: class of the kernels.
         kernel: a kernel by name, or None for the automatic choice.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`.
-        adapter: a directory of low-rank updates (PEFT's files), or None.
+        adapter: a directory of low-rank updates (PEFT's files) or of a task's scales, or None.
+        bits: the width of a model with nested planes, or None for the widest.
+        tasks: name -> directory of a task's scales, for requests that name it.
 
     Raises:
         ConfigError: an unknown class or device.
@@ -46,4 +54,4 @@ def load_for_inference(
         raise ConfigError(f"--device {device}; valid: auto, cpu, cuda, cuda:N") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: no CUDA device here; use --device cpu")
-    return load_model(directory, device=chosen, numerics=numerics, adapter=adapter)
+    return load_model(directory, device=chosen, numerics=numerics, adapter=adapter, bits=bits, tasks=tasks)

@@ -24,9 +24,11 @@ def register(app: typer.Typer) -> None:
         api_key_file: Annotated[Path | None, typer.Option(help="File with API keys, one per line.")] = None,
         name: Annotated[str | None, typer.Option(help="Name of the model; its directory's if not given.")] = None,
         adapter: Annotated[
-            list[str] | None, typer.Option(help="NAME=DIR: an adapter directory, served with the model as NAME.")
+            list[str] | None,
+            typer.Option(help="NAME=DIR: an adapter served as NAME. Several AlphaTuning tasks may be given."),
         ] = None,
         numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
+        bits: Annotated[int | None, typer.Option(help="Width of a model with nested planes; the widest.")] = None,
         kernel: Annotated[str | None, typer.Option(help="A kernel by name; honoured or refused.")] = None,
         device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
         max_batch: Annotated[int, typer.Option(help="Requests that generate at the same time.", min=1)] = 8,
@@ -45,7 +47,7 @@ def register(app: typer.Typer) -> None:
         from hcx.errors import ConfigError
         from hcx.serve.config import ServeConfig, read_api_keys
 
-        served, updates = _adapter(adapter or [])
+        served, updates, tasks = _adapters(adapter or [])
         if served is not None and name is not None:
             raise ConfigError(f"--name {name}: with --adapter the name is the adapter's, {served}")
         config = ServeConfig(
@@ -61,6 +63,8 @@ def register(app: typer.Typer) -> None:
             max_body_bytes=max_body_bytes,
             request_timeout_s=request_timeout_s,
         )
+        if config.model_name in tasks:
+            raise ConfigError(f"--adapter {config.model_name}=...: that is the model's own name; choose another")
         keys = read_api_keys(api_key_file, host)
 
         from hcx.cli.models import load_for_inference
@@ -68,7 +72,8 @@ def register(app: typer.Typer) -> None:
 
         listener = bind(host, port)
         try:
-            server = make_server(load_for_inference(model, numerics, kernel, device, updates), config, keys)
+            loaded = load_for_inference(model, numerics, kernel, device, updates, bits, tasks)
+            server = make_server(loaded, config, keys)
             shown = f"[{host}]" if ":" in host else host
             echo(f"serving {config.model_name} at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends)")
             sys.stdout.flush()
@@ -77,15 +82,25 @@ def register(app: typer.Typer) -> None:
             listener.close()
 
 
-def _adapter(given: list[str]) -> tuple[str | None, Path | None]:
-    """(name, directory) of the one adapter, or nothing."""
+def _adapters(given: list[str]) -> tuple[str | None, Path | None, dict[str, Path]]:
+    """(name, directory) of one low-rank adapter, or the directories of tasks by name; nothing of the other."""
     from hcx.errors import ConfigError
+    from hcx.model.tasks import is_task
 
-    if not given:
-        return None, None
-    if len(given) > 1:
-        raise ConfigError(f"--adapter {given[1]}: one adapter per server; start another for the next")
-    name, equals, directory = given[0].partition("=")
-    if not (name and equals and directory):
-        raise ConfigError(f"--adapter {given[0]}: write NAME=DIR, for example --adapter support=runs/sft/adapter")
-    return name, Path(directory)
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise ConfigError(f"--adapter {text}: write NAME=DIR, for example --adapter support=runs/sft/adapter")
+        if name in named:
+            raise ConfigError(f"--adapter {text}: the name {name} is given twice")
+        named[name] = Path(directory)
+    low_rank = [name for name, directory in named.items() if not is_task(directory)]
+    if not low_rank:
+        return None, None, named
+    if len(named) > 1:
+        raise ConfigError(
+            f"--adapter {given[1]}: one adapter per server, unless all are AlphaTuning tasks; start another for the "
+            "next"
+        )
+    return low_rank[0], named[low_rank[0]], {}

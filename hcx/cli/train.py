@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hcx.cli.output import echo, print_json, table
+
+if TYPE_CHECKING:
+    from hcx.recipe import TrainRecipe
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +24,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as engine.zero_stage=2")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check and print the resolved recipe, then stop")] = False,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint directory")] = "auto",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="a few tiny steps with every kind of parallelism, checked, then stop")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> int:
     """Trains as a recipe says; resumes by itself after an interruption (exit code 75)."""
@@ -31,6 +38,8 @@ def train(
     from hcx.recipe import check_recipe, load_train_recipe
 
     loaded = load_train_recipe(find_file(recipe, "launch/train"), overrides or ())
+    if rehearse:
+        return _rehearse(loaded, as_json)
     rank, world_size, _ = process_environment()
     check_recipe(loaded, None if world_size == 1 else world_size)
     if dry_run:
@@ -69,3 +78,30 @@ def train(
                 table("held-out text", ("language", "bits per byte"), rows)
             echo("\n".join(written))
     return 0 if result.finished else EXIT_RESUMABLE
+
+
+def _rehearse(recipe: TrainRecipe, as_json: bool) -> int:
+    from hcx.launch.rehearse import rehearse
+
+    outcome = rehearse(recipe, say=(lambda line: None) if as_json else echo)
+    if as_json:
+        print_json(
+            {
+                "engine": outcome.rehearsal.engine.model_dump(mode="json"),
+                "processes": outcome.rehearsal.world_size,
+                "device": outcome.device,
+                "reduced": list(outcome.rehearsal.reduced),
+                "roles": [asdict(role) for role in outcome.roles],
+                "loss_difference": outcome.difference,
+                "resumed_difference": outcome.resumed,
+                "bytes_by_rank": [{"weights": weights, "optimizer": optimizer} for weights, optimizer in outcome.held],
+            }
+        )
+        return 0
+    for precision, difference in outcome.difference.items():
+        echo(f"{precision}: losses within {difference:.1e} of one process")
+    echo(f"checkpoint: goes on in one process, losses within {outcome.resumed:.1e}")
+    for rank, (weights, optimizer) in enumerate(outcome.held):
+        echo(f"rank {rank}: {weights:,} bytes of weights, {optimizer:,} of optimizer: as planned")
+    echo("rehearsed")
+    return 0

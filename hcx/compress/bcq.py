@@ -1,37 +1,39 @@
 """Binary-coding quantization: a group of weights as a sum of scaled sign vectors, `w ~ sum_i a_i b_i (+ z)`.
 
-Greedy: each plane takes the signs and the mean magnitude of what the earlier ones left (Guo et al., Network Sketching,
-CVPR 2017). Alternating: from a start, least-squares scales for the codes, then the nearest codes for the scales, in
-turns (Xu et al., Alternating Multi-bit Quantization, ICLR 2018, section 3). Per group of inputs, as in LUT-GEMM (Park
-et al., ICLR 2024, section 3).
+Greedy: each plane takes the signs and the mean magnitude of what the earlier ones left; refined greedy solves all
+scales so far anew after each plane (Guo et al., Network Sketching, CVPR 2017). Alternating: from a start,
+least-squares scales for the codes, then the nearest codes for the scales, in turns (Xu et al., Alternating Multi-bit
+Quantization, ICLR 2018, section 3). Per group of inputs, as in LUT-GEMM (Park et al., ICLR 2024, section 3).
 
 Alternation only finds the optimum next to its start. From the greedy one it ends above plain rounding at 4 bits and
 more, so a uniform grid is the second start (binary codes contain every uniform grid), and the better end is kept group
 by group. All comparisons count the rounding of scales to the type they are stored in.
 
-A weight's codes over all planes are one number here, its *pattern*: bit `i` is set where plane `i` is +1.
+With an importance per input (the second moment of what the layer reads there), errors are weighted: the expected
+squared error of the layer's output, were its inputs uncorrelated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hcx.errors import ConfigError
+from hcx.compress.codes import Codes, join_groups, least_squares, nearest, pack, split_groups, weighted_mean
+from hcx.errors import ConfigError, did_you_mean
 from hcx.kernels import PackedWeight
-from hcx.kernels.format import MAX_BITS, pack_signs
+from hcx.kernels.format import MAX_BITS
 
-Method = Literal["greedy", "alternating"]
+Method = Literal["greedy", "refined", "alternating"]
+METHODS: tuple[Method, ...] = ("greedy", "refined", "alternating")
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-RIDGE = 1e-7
-"""Keeps the normal equations solvable where two planes coincide, relative to the group size."""
 CHUNK_VALUES = 1 << 18
 """Weights handled at once: bounds the memory, and stays near the caches."""
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 """Ranges tried for the uniform start, relative to the largest magnitude: outliers may be worth cutting."""
+LEAST_IMPORTANCE = 1e-4
+"""Relative to the mean: an input that calibration never saw still counts a little, and every group has a solution."""
 
 
 def quantize(
@@ -42,6 +44,7 @@ def quantize(
     rounds: int = 15,
     offset: bool = False,
     scale_dtype: torch.dtype = torch.float16,
+    importance: Tensor | None = None,
 ) -> PackedWeight:
     """Quantizes a weight to binary codes.
 
@@ -51,37 +54,27 @@ def quantize(
         weight: `[out, in]`, finite.
         bits: planes, 1 to 8.
         group_size: inputs that share their scales; the last group may be short; at most a whole row.
-        method: `greedy` or `alternating`.
+        method: `greedy`, `refined` or `alternating`.
         rounds: of alternation. Two are published as sufficient; at 3 bits and more they are not (15 gain up to 40 %).
         offset: with a constant per group, fitted with the scales.
         scale_dtype: fp16, bf16 or fp32.
+        importance: `[in]`, not negative: how much a squared error of each column counts; alike if not given.
 
     Raises:
         ConfigError: a setting is out of range, the weight is not finite, or its scales overflow `scale_dtype`.
     """
     check_arguments(weight, bits, group_size, scale_dtype)
-    if method not in ("greedy", "alternating"):
-        raise ConfigError(f"method = {method!r}; allowed: 'greedy', 'alternating'")
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r}; {did_you_mean(method, METHODS)}")
     if rounds < 0:
         raise ConfigError(f"rounds = {rounds}; must be at least 0")
-    out_features, in_features = weight.shape
-    group_size = min(group_size, in_features)
-    whole = in_features // group_size * group_size
-    parts = [weight[:, :whole].reshape(-1, group_size)]
-    if whole < in_features:
-        parts.append(weight[:, whole:])
-    found = [_quantize_rows(part.float(), bits, method, rounds, offset, scale_dtype) for part in parts]
-    patterns = torch.cat([codes.patterns.view(out_features, -1) for codes in found], dim=1)
-    scales = torch.cat([codes.scales.view(out_features, -1, bits) for codes in found], dim=1)
-    offsets = torch.cat([codes.offsets.view(out_features, -1) for codes in found], dim=1)
-    return PackedWeight(
-        planes=torch.stack([pack_signs((patterns & (1 << plane)) != 0) for plane in range(bits)]),
-        scales=scales.permute(2, 0, 1).to(scale_dtype).contiguous(),
-        offset=offsets if offset else None,
-        in_features=in_features,
-        group_size=group_size,
-        sorted=True,
-    )
+    parts = split_groups(weight, group_size)
+    factors = split_importance(importance, weight, group_size)
+    found = [
+        _quantize_rows(part.float(), factor, bits, method, rounds, offset, scale_dtype)
+        for part, factor in zip(parts, factors, strict=True)
+    ]
+    return pack(join_groups(found, weight.shape[0]), group_size, offset, scale_dtype)
 
 
 def check_arguments(weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
@@ -101,79 +94,89 @@ def check_arguments(weight: Tensor, bits: int, group_size: int, scale_dtype: tor
         raise ConfigError(f"the largest weight, {largest:.3g}, overflows {scale_dtype} scales; use scale_dtype: fp32")
 
 
-@dataclass
-class _Codes:
-    """Codes of `n` groups of `g` weights.
+def checked_importance(importance: Tensor, in_features: int) -> Tensor:
+    """An importance per column, fp32 `[in]`, mean 1 and nowhere zero.
 
-    Attributes:
-        patterns: int64 `[n, g]`.
-        scales: fp32 `[n, q]`.
-        offsets: fp32 `[n]`.
+    Raises:
+        ConfigError: the shape is another, or a value is negative or not finite.
     """
-
-    patterns: Tensor
-    scales: Tensor
-    offsets: Tensor
-
-    def levels(self) -> Tensor:
-        """`[n, 2^q]`: the weight of every pattern, summed in the order in which a reader sums."""
-        signs = _signs(self.scales.shape[1], self.scales)
-        total = signs[:, 0] * self.scales[:, :1]
-        for plane in range(1, self.scales.shape[1]):
-            total = total + signs[:, plane] * self.scales[:, plane : plane + 1]
-        return total + self.offsets[:, None]
-
-    def error(self, groups: Tensor) -> Tensor:
-        """Squared error of each group, fp64 `[n]`."""
-        return (groups - self.levels().gather(1, self.patterns)).double().square().sum(1)
-
-    def better(self, other: _Codes, groups: Tensor) -> _Codes:
-        """The better of two, group by group; this one where they are equal or the other is not finite."""
-        wins = other.error(groups) < self.error(groups)
-        return _Codes(
-            torch.where(wins[:, None], other.patterns, self.patterns),
-            torch.where(wins[:, None], other.scales, self.scales),
-            torch.where(wins, other.offsets, self.offsets),
+    if tuple(importance.shape) != (in_features,):
+        raise ConfigError(
+            f"an importance of shape {tuple(importance.shape)}; expected one per column, ({in_features},)"
         )
+    if not torch.isfinite(importance).all() or bool((importance < 0).any()):
+        raise ConfigError("the importance holds values that are negative or not finite; calibration is damaged")
+    mean = importance.double().mean()
+    if mean == 0:
+        return torch.ones_like(importance, dtype=torch.float32)
+    return (importance.double() / mean).clamp(min=LEAST_IMPORTANCE).float()
+
+
+def split_importance(importance: Tensor | None, weight: Tensor, group_size: int) -> list[Tensor | None]:
+    """The importance of every weight, divided as `split_groups` divides the weights; a row of it is repeated."""
+    if importance is None:
+        return [None] * len(split_groups(weight[:1], group_size))
+    row = checked_importance(importance, weight.shape[1])
+    parts = split_groups(row[None], group_size)
+    return [part.repeat(weight.shape[0], 1) for part in parts]
 
 
 def _quantize_rows(
-    groups: Tensor, bits: int, method: Method, rounds: int, offset: bool, scale_dtype: torch.dtype
-) -> _Codes:
+    groups: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    method: Method,
+    rounds: int,
+    offset: bool,
+    scale_dtype: torch.dtype,
+) -> Codes:
     """Codes of `[n, g]`, chunk by chunk."""
     step = max(1, CHUNK_VALUES // max(groups.shape[1], 1 << bits))
-    found = [_quantize_groups(chunk, bits, method, rounds, offset, scale_dtype) for chunk in groups.split(step)]
-    return _Codes(
+    factors = [None] * -(-len(groups) // step) if importance is None else importance.split(step)
+    found = [
+        quantize_groups(chunk, bits, method, rounds, offset, scale_dtype, factor)
+        for chunk, factor in zip(groups.split(step), factors, strict=True)
+    ]
+    return Codes(
         torch.cat([codes.patterns.to(torch.uint8) for codes in found]),
         torch.cat([codes.scales for codes in found]),
         torch.cat([codes.offsets for codes in found]),
     )
 
 
-def _quantize_groups(
-    groups: Tensor, bits: int, method: Method, rounds: int, offset: bool, scale_dtype: torch.dtype
-) -> _Codes:
-    """One chunk `[n, g]`; scales hold values of `scale_dtype`, coarsest plane first."""
-    best = _greedy(groups, bits, offset, scale_dtype)
+def quantize_groups(
+    groups: Tensor,
+    bits: int,
+    method: Method,
+    rounds: int,
+    offset: bool,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None = None,
+) -> Codes:
+    """Groups `[n, g]`, each by itself; scales hold values of `scale_dtype`, coarsest plane first."""
+    best = _greedy(groups, importance, bits, offset, scale_dtype)
     if method == "greedy":
         return best
+    refined = _refined(groups, importance, bits, offset)
+    if method == "refined":
+        return best.better(_as_stored(groups, importance, refined, offset, scale_dtype), groups, importance)
     starts = [best]
     if bits > 2:
-        starts.append(_uniform(groups, bits, offset))
+        starts.append(_uniform(groups, importance, bits, offset))
     for start in starts:
-        for codes in (start, _alternate(groups, start, rounds, offset)):
-            best = best.better(_as_stored(groups, codes, offset, scale_dtype), groups)
+        for codes in (start, _alternate(groups, importance, start, rounds, offset)):
+            best = best.better(_as_stored(groups, importance, codes, offset, scale_dtype), groups, importance)
     return best
 
 
-def _greedy(groups: Tensor, bits: int, offset: bool, scale_dtype: torch.dtype) -> _Codes:
-    offsets = groups.mean(1) if offset else groups.new_zeros(groups.shape[0])
+def _greedy(groups: Tensor, importance: Tensor | None, bits: int, offset: bool, scale_dtype: torch.dtype) -> Codes:
+    offsets = weighted_mean(groups, importance) if offset else groups.new_zeros(groups.shape[0])
     rest = groups - offsets[:, None]
     planes, scales = [], []
     for _ in range(bits):
         positive = rest >= 0  # sign(0) is +1: a code has no zero
         # The next plane sees what this one leaves as stored, so it takes up the rounding too.
-        scale = rest.abs().mean(1).to(scale_dtype).float()
+        scale = weighted_mean(rest.abs(), importance).to(scale_dtype).float()
         rest = rest - torch.where(positive, scale[:, None], -scale[:, None])
         planes.append(positive)
         scales.append(scale)
@@ -183,10 +186,26 @@ def _greedy(groups: Tensor, bits: int, offset: bool, scale_dtype: torch.dtype) -
     patterns = torch.zeros_like(groups, dtype=torch.int64)
     for plane in range(bits):
         patterns += stacked[:, plane].long() << plane
-    return _Codes(patterns, ordered, offsets)
+    return Codes(patterns, ordered, offsets)
 
 
-def _uniform(groups: Tensor, bits: int, offset: bool) -> _Codes:
+def _refined(groups: Tensor, importance: Tensor | None, bits: int, offset: bool) -> Codes:
+    """All scales solved anew after each plane's signs (Guo et al., section 3.2).
+
+    `_as_stored` then takes the nearest codes for the last scales, which the paper does not.
+    """
+    patterns = torch.zeros_like(groups, dtype=torch.int64)
+    offsets = weighted_mean(groups, importance) if offset else groups.new_zeros(groups.shape[0])
+    codes = Codes(patterns, groups.new_zeros(groups.shape[0], 0), offsets)
+    rest = groups - offsets[:, None]
+    for plane in range(bits):
+        patterns = patterns + ((rest >= 0).long() << plane)
+        codes = Codes(patterns, *least_squares(groups, patterns, plane + 1, offset, importance))
+        rest = groups - codes.values()
+    return codes
+
+
+def _uniform(groups: Tensor, importance: Tensor | None, bits: int, offset: bool) -> Codes:
     """The best of a few uniform grids around the middle of each group (around zero without an offset)."""
     if offset:
         low, high = groups.amin(1), groups.amax(1)
@@ -194,70 +213,43 @@ def _uniform(groups: Tensor, bits: int, offset: bool) -> _Codes:
     else:
         offsets, reach = groups.new_zeros(groups.shape[0]), groups.abs().amax(1)
     powers = 2.0 ** torch.arange(bits - 1, -1, -1, device=groups.device, dtype=groups.dtype)
-    best: _Codes | None = None
+    best: Codes | None = None
     for clip in CLIPS:
-        codes = _nearest(groups, clip * reach[:, None] / ((1 << bits) - 1) * powers, offsets)
-        best = codes if best is None else best.better(codes, groups)
+        codes = nearest(groups, clip * reach[:, None] / ((1 << bits) - 1) * powers, offsets)
+        best = codes if best is None else best.better(codes, groups, importance)
     assert best is not None
     return best
 
 
-def _alternate(groups: Tensor, codes: _Codes, rounds: int, offset: bool) -> _Codes:
+def _alternate(groups: Tensor, importance: Tensor | None, codes: Codes, rounds: int, offset: bool) -> Codes:
     patterns, scales, offsets = codes.patterns.clone(), codes.scales.clone(), codes.offsets.clone()
     active = torch.arange(groups.shape[0], device=groups.device)
+    bits = scales.shape[1]
+
+    def solved() -> tuple[Tensor, Tensor]:
+        factor = None if importance is None else importance[active]
+        return least_squares(groups[active], patterns[active], bits, offset, factor)
+
     for _ in range(rounds):
-        found, shifts = _least_squares(groups[active], patterns[active], scales.shape[1], offset)
-        nearest = _nearest(groups[active], found, shifts)
-        changed = (nearest.patterns != patterns[active]).any(1)
-        patterns[active], scales[active], offsets[active] = nearest.patterns, found, shifts
+        found, shifts = solved()
+        closest = nearest(groups[active], found, shifts)
+        changed = (closest.patterns != patterns[active]).any(1)
+        patterns[active], scales[active], offsets[active] = closest.patterns, found, shifts
         # Codes that stay give the same scales again: such a group has arrived.
         active = active[changed]
         if not len(active):
             break
-    scales[active], offsets[active] = _least_squares(groups[active], patterns[active], scales.shape[1], offset)
-    return _Codes(patterns, scales, offsets)
+    scales[active], offsets[active] = solved()
+    return Codes(patterns, scales, offsets)
 
 
-def _as_stored(groups: Tensor, codes: _Codes, offset: bool, scale_dtype: torch.dtype) -> _Codes:
+def _as_stored(
+    groups: Tensor, importance: Tensor | None, codes: Codes, offset: bool, scale_dtype: torch.dtype
+) -> Codes:
     """Rounds the scales, and chooses codes and offset anew for what is left of them."""
     # Falling magnitudes: a negative scale is a flipped plane, and the nearest codes see to that.
     scales = codes.scales.abs().sort(dim=1, descending=True).values.to(scale_dtype).float()
-    stored = _nearest(groups, scales, codes.offsets)
+    stored = nearest(groups, scales, codes.offsets)
     if offset:
-        stored.offsets = stored.offsets + (groups - stored.levels().gather(1, stored.patterns)).mean(1)
+        stored.offsets = stored.offsets + weighted_mean(groups - stored.values(), importance)
     return stored
-
-
-def _least_squares(groups: Tensor, patterns: Tensor, bits: int, offset: bool) -> tuple[Tensor, Tensor]:
-    """Optimal scales `[n, q]` and offsets `[n]` for given codes; the small systems are solved in fp64.
-
-    Weights of one pattern enter the normal equations alike, so their number and their sum are all that is needed.
-    """
-    basis = _signs(bits, groups).double()
-    if offset:
-        basis = torch.cat([basis, torch.ones_like(basis[:, :1])], dim=1)
-    unknowns = basis.shape[1]
-    counts = groups.new_zeros(groups.shape[0], 1 << bits)
-    sums = counts.clone()
-    counts.scatter_add_(1, patterns, torch.ones_like(groups))
-    sums.scatter_add_(1, patterns, groups)
-    products = (basis[:, :, None] * basis[:, None, :]).flatten(1)
-    normal = (counts.double() @ products).view(-1, unknowns, unknowns)
-    normal.diagonal(dim1=1, dim2=2).add_(RIDGE * groups.shape[1])
-    solution = torch.linalg.solve(normal, (sums.double() @ basis)[:, :, None])[:, :, 0].to(groups.dtype)
-    return solution[:, :bits], solution[:, bits] if offset else groups.new_zeros(groups.shape[0])
-
-
-def _nearest(groups: Tensor, scales: Tensor, offsets: Tensor) -> _Codes:
-    """The best codes for given scales: binary search among the sorted 2^q levels."""
-    codes = _Codes(scales.new_zeros(0), scales, offsets)
-    levels, order = codes.levels().sort(dim=1)
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    codes.patterns = order.gather(1, torch.searchsorted(middles.contiguous(), groups.contiguous()))
-    return codes
-
-
-def _signs(bits: int, like: Tensor) -> Tensor:
-    """`[2^q, q]`: the signs that a pattern stands for."""
-    patterns, planes = torch.arange(1 << bits, device=like.device), torch.arange(bits, device=like.device)
-    return (2 * ((patterns[:, None] >> planes) & 1) - 1).to(like.dtype)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
-from hcx.compress.uniform import quantize_uniform
+from hcx.compress.clusters import Clusters
+from hcx.compress.feedback import quantize_to_outputs
+from hcx.compress.methods import GridOptions, find_method
+from hcx.compress.nested import check_widths, quantize_nested, quantize_nested_to_outputs
+from hcx.compress.prune_plan import Pruning
+from hcx.compress.uniform import quantize_uniform, search_uniform
 from hcx.config import Config
 from hcx.errors import ConfigError, did_you_mean
 from hcx.kernels import PackedWeight
 from hcx.kernels.format import MAX_BITS
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
+from hcx.kernels.segmented import SegmentedWeight
 
-MethodName = Literal["alternating", "greedy", "uniform"]
-METHODS: tuple[MethodName, ...] = ("alternating", "greedy", "uniform")
+if TYPE_CHECKING:
+    from hcx.compress.calibration import InputStatistics
+
 ScaleName = Literal["fp16", "bf16", "fp32"]
 MIN_GROUP = 8
 """Below this, scales take more room than the planes."""
@@ -38,6 +46,17 @@ GroupSize = Annotated[int, _within(MIN_GROUP)]
 Rounds = Annotated[int, _within(0)]
 
 
+def _known_method(name: str) -> str:
+    try:
+        find_method(name)
+    except ConfigError as error:
+        raise ValueError(str(error).partition(": " if ": say" in str(error) else "; ")[2]) from None
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_known_method)]
+
+
 class ModulePlan(Config):
     """Settings of one quantizer."""
 
@@ -46,20 +65,104 @@ class ModulePlan(Config):
     group_size: GroupSize = 128
     """Inputs that share their scales; more than a row means the whole row."""
     method: MethodName = "alternating"
-    """`alternating` and `greedy` choose binary codes; `uniform` rounds to nearest."""
+    """`alternating`, `refined` and `greedy` choose binary codes; `uniform` rounds to nearest on an even grid,
+    `searched` on one whose range was searched."""
     rounds: Rounds = 15
     """Rounds of alternation."""
     offset: bool = False
-    """A constant per group beside the scales (`uniform` always has one)."""
+    """A constant per group beside the scales (even grids always have one)."""
     scale_dtype: ScaleName = "fp16"
     """How scales are stored."""
+    importance: bool = False
+    """Weigh errors by the mean square of what each column reads (needs calibration text)."""
+    feedback: bool = False
+    """Make the error of the layer's outputs small instead of that of the weights: error feedback across columns, then
+    `descent` (needs calibration text; `importance` is then implied)."""
+    descent: Rounds = 4
+    """With feedback: rounds of solving scales and choosing codes anew. `uniform` with 0 is GPTQ."""
+    act_order: bool = True
+    """With feedback: visit columns in the order of falling activation; they stay where they are stored."""
+    widths: tuple[int, ...] = ()
+    """Numbers of planes that one artifact is served with, such as [2, 3, 4], ending with `bits`; none: only `bits`."""
 
-    def quantize(self, weight: Tensor) -> PackedWeight:
-        """Quantizes one weight `[out, in]`."""
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
+    clusters: Clusters | None = None
+    """Frequent rows of the embedding or the output get more planes than rare ones; `bits` is the largest number."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.importance and not self.feedback and self.method == "uniform":
+            raise ValueError("importance has no effect on uniform, whose grid spans every weight; use method: searched")
+        if self.widths:
+            try:
+                check_widths(self.widths, self.bits, find_method(self.method))
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        special = [name for name in ("prune", "clusters", "widths") if getattr(self, name)]
+        if len(special) > 1:
+            raise ValueError(f"{' and '.join(special)} do not go together")
+        if self.prune is not None and (self.method != "alternating" or self.offset or self.needs_statistics):
+            raise ValueError(
+                "prune: pruned weights are coded with method: alternating, offset: false, and without importance and "
+                "feedback"
+            )
+        return self
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it reads what the layer reads."""
+        return self.importance or self.feedback
+
+    def quantize(
+        self, weight: Tensor, statistics: InputStatistics | None = None
+    ) -> PackedWeight | MaskedWeight | EncodedWeight | SegmentedWeight:
+        """Quantizes one weight `[out, in]`.
+
+        Args:
+            weight: finite.
+            statistics: of the layer's inputs; required by `importance` and `feedback`.
+
+        Raises:
+            ConfigError: the weight cannot be quantized like this, or statistics are missing.
+        """
+        if self.needs_statistics and statistics is None:
+            raise ConfigError("importance and feedback need calibration text, and statistics of the layer's inputs")
         dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
+        if self.prune is not None:
+            return self.prune.compress(weight, self.bits, self.group_size, self.rounds, dtype)
+        if self.clusters is not None:
+            return self.clusters.compress(weight, self.bits, self._quantize_rows)
+        return self._quantize_rows(weight, self.bits, statistics)
+
+    def _quantize_rows(self, weight: Tensor, bits: int, statistics: InputStatistics | None = None) -> PackedWeight:
+        dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
+        method = find_method(self.method)
+        options = GridOptions(bits, self.rounds, self.offset, dtype)
+        if self.feedback and statistics is not None:
+            gram, size = statistics.gram, self.group_size
+            if self.widths:
+                return quantize_nested_to_outputs(
+                    weight, gram, self.widths, method, options, size, self.descent, self.act_order
+                )
+            return quantize_to_outputs(weight, gram, method, options, size, self.descent, self.act_order)
+        importance = statistics.moments if self.importance and statistics is not None else None
+        if self.widths:
+            return quantize_nested(weight, self.widths, method, options, self.group_size, importance)
         if self.method == "uniform":
-            return quantize_uniform(weight, self.bits, self.group_size, dtype)
-        return quantize(weight, self.bits, self.group_size, self.method, self.rounds, self.offset, dtype)
+            return quantize_uniform(weight, bits, self.group_size, dtype)
+        if self.method == "searched":
+            return search_uniform(weight, bits, self.group_size, dtype, importance)
+        return quantize(
+            weight,
+            bits,
+            self.group_size,
+            self.method,  # type: ignore[arg-type] # the validator knows the names
+            self.rounds,
+            self.offset,
+            dtype,
+            importance,
+        )
 
 
 class PlanRule(Config):
@@ -81,6 +184,18 @@ class PlanRule(Config):
     """A constant per group beside the scales."""
     scale_dtype: ScaleName | None = None
     """How scales are stored."""
+    importance: bool | None = None
+    """Weigh errors by what each column reads."""
+    feedback: bool | None = None
+    """Make the error of the layer's outputs small."""
+    descent: Rounds | None = None
+    """Rounds of solving scales and choosing codes anew."""
+    act_order: bool | None = None
+    """Visit columns in the order of falling activation."""
+    widths: tuple[int, ...] | None = None
+    """Numbers of planes that one artifact can be served with."""
+    prune: Pruning | None = None
+    """Prune first, and code what stays."""
 
     def changes(self) -> dict[str, object]:
         """What it states, by name."""
@@ -91,6 +206,31 @@ class PlanRule(Config):
         if self.keep and self.changes():
             raise ValueError(f"keep: true beside {', '.join(self.changes())}; a kept weight has no settings")
         return self
+
+
+class Calibration(Config):
+    """The text that activation-aware methods read, and what is done with it beside choosing codes."""
+
+    tokens: Annotated[int, _within(1)] = 131_072
+    """Tokens in all. More than a layer has inputs, by far, or its Gram matrix is mostly noise."""
+    seq_len: Annotated[int, _within(2)] = 512
+    """Tokens per row; at most the model's context."""
+    shares: dict[str, float] = Field(default_factory=dict)
+    """Language -> share of the tokens; those of the shards, or equal ones, if not given."""
+    texts: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Language -> UTF-8 files to read instead of shards."""
+    scaling: bool = False
+    """Search scales per input channel first and fold them into what comes before (AWQ)."""
+    seed: int = 0
+    """Orders the documents of shards."""
+
+    @field_validator("shares")
+    @classmethod
+    def _check_shares(cls, value: dict[str, float]) -> dict[str, float]:
+        for language, share in value.items():
+            if not 0 <= share < float("inf"):
+                raise ValueError(f"the share of {language} is {share}; must be at least 0")
+        return value
 
 
 class CompressPlan(Config):
@@ -104,6 +244,27 @@ class CompressPlan(Config):
     """Settings of the token embedding, and of the output where they are tied; kept if absent."""
     output: ModulePlan | None = None
     """Settings of an output matrix of its own; kept if absent."""
+    calibration: Calibration = Calibration()
+    """What activation-aware methods read."""
+
+    @model_validator(mode="after")
+    def _check_statistics(self) -> Self:
+        for name, settings in (("embedding", self.embedding), ("output", self.output)):
+            if settings is not None and settings.needs_statistics:
+                raise ValueError(f"{name}: importance and feedback are for the linear layers of the blocks only")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is read at all."""
+        by_rule = any(rule.importance or rule.feedback for rule in self.rules)
+        return self.calibration.scaling or self.default.needs_statistics or by_rule
+
+    @model_validator(mode="after")
+    def _check_clusters(self) -> Self:
+        if self.default.clusters is not None:
+            raise ValueError("default.clusters: only embedding and output have rows that are tokens")
+        return self
 
     def module(self, stem: str) -> ModulePlan | None:
         """Settings of a module, or None if its weight is kept."""

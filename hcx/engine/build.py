@@ -12,7 +12,7 @@ from hcx.dist import process_environment
 from hcx.engine.base import Engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.engine.legality import require_legal
-from hcx.errors import ConfigError, MissingExtra
+from hcx.errors import MissingExtra
 from hcx.model.config import ModelConfig
 from hcx.model.transforms import ModelTransform
 from hcx.model.weights import WeightsProvider
@@ -34,12 +34,7 @@ def build_engine(
         MissingExtra: the engine's library is not installed.
     """
     _, world_size, _ = process_environment()
-    require_legal(engine_config, model_config, world_size)
-    if optim_config.kind == "muon" and engine_config.kind != "torch":
-        raise ConfigError(
-            f"optim.kind = muon with engine.kind = {engine_config.kind}: a matrix update needs whole matrices, which "
-            "this engine shards; use optim.kind = adamw, or engine.kind = torch"
-        )
+    require_legal(engine_config, model_config, world_size, optimizer=optim_config.kind)
     package = {"deepspeed": "deepspeed", "megatron": "megatron"}.get(engine_config.kind)
     if package is not None and find_spec(package) is None:
         raise MissingExtra(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +57,23 @@ def reduce_sums(
     if replicas > 1:
         torch.distributed.all_reduce(totals, group=group)
     return dict(zip(names, totals.tolist(), strict=True))
+
+
+def state_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    """The optimizers' state, without step counters."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [value for state in states for key, value in state.items() if isinstance(value, Tensor) and key != "step"]
+
+
+def storage_bytes(held: Mapping[str, Iterable[Tensor]]) -> dict[str, int]:
+    """Bytes of each kind's storages, whole, each storage counted once, with the first kind that has it."""
+    seen: set[int] = set()
+    sizes: dict[str, int] = {}
+    for kind, tensors in held.items():
+        sizes[kind] = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                sizes[kind] += storage.nbytes()
+    return sizes

@@ -31,7 +31,7 @@ from hcx.data.batch import MicroBatch
 from hcx.dist import Topology, process_environment
 from hcx.engine.base import ModelOutput, Objective, StepBatch, StepStats
 from hcx.engine.blocks import BlockMap
-from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, step_meta
+from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, state_tensors, step_meta
 from hcx.engine.config import DeepSpeedEngineConfig
 from hcx.engine.legality import require_legal
 from hcx.engine.sharded import ShardedEngine, allocate_state, join_process_group, local_groups, set_step, trained_names
@@ -101,6 +101,10 @@ class _ZeroMasters:
             optimizer._lazy_init_hp_params_optimizer_state()
         # Set by the engine: whole local parameters as blocks, for writing the working copy.
         self.layout: BlockMap
+
+    def held(self) -> list[Tensor]:
+        """Masters and optimizer state of this rank."""
+        return [*self._flats, *state_tensors([self._inner])]
 
     def set_step(self, step: int) -> None:
         """Sets the number of steps taken, which Adam's bias correction needs."""
@@ -327,6 +331,13 @@ class DeepSpeedEngine(ShardedEngine):
             if limit > 0 and math.isfinite(norms[name]) and norms[name] > limit:
                 torch._foreach_mul_(found, limit / (norms[name] + 1e-6))
         return math.hypot(*norms.values())
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """See `Engine.held_tensors`; gradients only where the library keeps a buffer for them."""
+        parameters: list[Any] = list(self._parameters.values())
+        partitions = [parameter.ds_tensor for parameter in parameters] if self._stage == 3 else []
+        buffer = [self._engine.optimizer.grad_partitions_flat_buffer] if self._stage == 3 else []
+        return {"weights": [*parameters, *partitions], "gradients": buffer, "optimizer": self._masters.held()}
 
     def set_rope_theta(self, theta: float) -> None:
         """See `Engine.set_rope_theta`."""

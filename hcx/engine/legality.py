@@ -14,6 +14,8 @@ from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, Torch
 from hcx.errors import ConfigError
 from hcx.model.config import ModelConfig
 
+AnyEngineConfig = TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -42,19 +44,19 @@ def _yaml(value: Any) -> str:
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` closest to `wanted`; the smaller of two equally close ones."""
-    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
+    return min(_divisors(number), key=lambda divisor: (abs(divisor - wanted), divisor))
 
 
 def violations(
-    engine: TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig,
+    engine: AnyEngineConfig,
     model: ModelConfig,
     world_size: int,
     seq_len: int | None = None,
+    optimizer: str | None = None,
 ) -> list[Violation]:
     """Every rule that `engine` breaks for this model on `world_size` processes; empty: legal.
 
-    `seq_len` is the number of tokens in a row of a micro-batch, where it is known already.
+    `seq_len` is the number of tokens in a row of a micro-batch, `optimizer` is `optim.kind`, where they are known.
     """
     found = list(_replicas(engine, world_size))
     if isinstance(engine, MegatronEngineConfig):
@@ -87,24 +89,115 @@ def violations(
                 2,
             )
         )
+    found += _optimizer(engine, optimizer)
     return found
 
 
 def require_legal(
-    engine: TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig,
+    engine: AnyEngineConfig,
     model: ModelConfig,
     world_size: int,
     seq_len: int | None = None,
+    optimizer: str | None = None,
 ) -> None:
-    """Raises ConfigError with every violation, its reason and the nearest legal value."""
-    found = violations(engine, model, world_size, seq_len)
-    if found:
-        raise ConfigError("\n".join(str(violation) for violation in found))
+    """Raises ConfigError with every violation, its reason and nearest legal value, and the nearest legal layout."""
+    lines = explain(engine, model, world_size, seq_len, optimizer)
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
-def _replicas(
-    engine: TorchEngineConfig | DeepSpeedEngineConfig | MegatronEngineConfig, world_size: int
-) -> Iterator[Violation]:
+def explain(
+    engine: AnyEngineConfig,
+    model: ModelConfig,
+    world_size: int,
+    seq_len: int | None = None,
+    optimizer: str | None = None,
+) -> list[str]:
+    """A line for every violation, and one for the nearest legal layout where that is another engine setting."""
+    lines = [str(violation) for violation in violations(engine, model, world_size, seq_len, optimizer)]
+    near = nearest_legal(engine, model, world_size, seq_len, optimizer) if lines else None
+    if near is not None and near != engine:
+        lines.append(f"nearest legal layout on {world_size} processes: {' '.join(changes(engine, near))}")
+    return lines
+
+
+def changes(engine: AnyEngineConfig, other: AnyEngineConfig) -> list[str]:
+    """The overrides that turn one engine's settings into another's, such as `engine.tensor_parallel=2`."""
+    new, same_kind = other.model_dump(), engine.kind == other.kind
+    old = engine.model_dump() if same_kind else {}
+    defaults = type(other)().model_dump()
+    found = [] if same_kind else [f"engine.kind={other.kind}"]
+    for key, value in new.items():
+        if key != "kind" and value != old.get(key, defaults[key]):
+            found.append(f"engine.{key}={'null' if value is None else _yaml(value)}")
+    return found
+
+
+def nearest_legal(
+    engine: AnyEngineConfig,
+    model: ModelConfig,
+    world_size: int,
+    seq_len: int | None = None,
+    optimizer: str | None = None,
+) -> AnyEngineConfig | None:
+    """The legal layout of the same kind with the fewest and smallest changes; None where no setting of it helps.
+
+    Distance is counted in factors of parallel sizes: from 8 to 4 is as far as from 2 to 1.
+    """
+    candidates: list[tuple[float, AnyEngineConfig]] = []
+    for layout, distance in _sizes(engine, model, world_size):
+        for _ in range(3):  # a mended flag may uncover another
+            found = violations(layout, model, world_size, seq_len, optimizer)
+            repairs = {
+                violation.key.removeprefix("engine."): violation.nearest
+                for violation in found
+                if violation.key.startswith("engine.") and violation.nearest is not None
+            }
+            if not repairs:
+                break
+            layout = layout.model_copy(update=repairs)
+            distance += 0.5 * len(repairs)
+        if not violations(layout, model, world_size, seq_len, optimizer):
+            candidates.append((distance, layout))
+    return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
+
+
+def _sizes(engine: AnyEngineConfig, model: ModelConfig, world_size: int) -> Iterator[tuple[AnyEngineConfig, float]]:
+    """Every grid of ranks that the model and the processes allow, with its distance from the one asked for."""
+    if not isinstance(engine, MegatronEngineConfig):
+        yield engine, 0.0
+        return
+    for tp in _divisors(math.gcd(*_shared(model).values(), world_size)):
+        for pp in _divisors(math.gcd(model.num_layers, world_size // tp)):
+            if world_size % (tp * pp):
+                continue
+            distance = abs(math.log2(tp / max(1, engine.tensor_parallel)))
+            distance += abs(math.log2(pp / max(1, engine.pipeline_parallel)))
+            yield engine.model_copy(update={"tensor_parallel": tp, "pipeline_parallel": pp}), distance
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _optimizer(engine: AnyEngineConfig, optimizer: str | None) -> Iterator[Violation]:
+    if optimizer == "muon" and not isinstance(engine, TorchEngineConfig):
+        yield Violation(
+            "optim.kind",
+            "muon",
+            f"updates whole matrices, which engine.kind = {engine.kind} shards; or use engine.kind = torch",
+            "adamw",
+        )
+    if optimizer == "sgd" and isinstance(engine, MegatronEngineConfig) and engine.distributed_optimizer:
+        yield Violation(
+            "engine.distributed_optimizer",
+            True,
+            "megatron-core shards the state of adamw only; use optim.kind = adamw, or none of it",
+            False,
+        )
+
+
+def _replicas(engine: AnyEngineConfig, world_size: int) -> Iterator[Violation]:
     ranks = engine.tensor_parallel * engine.pipeline_parallel if isinstance(engine, MegatronEngineConfig) else 1
     if world_size % ranks:
         yield Violation(
@@ -126,12 +219,7 @@ def _tensor_parallel(engine: MegatronEngineConfig, model: ModelConfig, seq_len: 
     if tp < 1:
         yield Violation(key, tp, "must be at least 1", 1)
         return
-    shared = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-        "model.intermediate_size": model.intermediate_size,
-        "model.vocab_size": model.vocab_size,
-    }
+    shared = _shared(model)
     nearest = nearest_divisor(math.gcd(*shared.values()), tp)
     for name, size in shared.items():
         if size % tp:
@@ -142,6 +230,16 @@ def _tensor_parallel(engine: MegatronEngineConfig, model: ModelConfig, seq_len: 
         yield Violation(
             "engine.sequence_parallel", True, f"tensor_parallel = {tp} does not divide {seq_len} tokens", False
         )
+
+
+def _shared(model: ModelConfig) -> dict[str, int]:
+    """What tensor-parallel ranks divide among them."""
+    return {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "model.intermediate_size": model.intermediate_size,
+        "model.vocab_size": model.vocab_size,
+    }
 
 
 def _pipeline_parallel(engine: MegatronEngineConfig, model: ModelConfig) -> Iterator[Violation]:

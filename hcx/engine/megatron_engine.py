@@ -47,7 +47,6 @@ from hcx.engine.megatron_stage import (
     wrap,
 )
 from hcx.engine.sharded import ShardedEngine, join_process_group, local_groups, trained_names
-from hcx.errors import ConfigError
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
@@ -85,12 +84,7 @@ class MegatronEngine(ShardedEngine):
         seed: int = 0,
     ) -> None:
         rank, world_size, local_rank = process_environment()
-        require_legal(engine_config, model_config, world_size)
-        if engine_config.distributed_optimizer and optim_config.kind != "adamw":
-            raise ConfigError(
-                f"optim.kind = {optim_config.kind} with engine.distributed_optimizer = true: megatron-core shards the "
-                "state of adamw only; use optim.kind = adamw, or engine.distributed_optimizer = false"
-            )
+        require_legal(engine_config, model_config, world_size, optimizer=optim_config.kind)
         self.topology = Topology(
             rank,
             world_size,
@@ -299,6 +293,15 @@ class MegatronEngine(ShardedEngine):
     def _clear_gradients(self) -> None:
         self._chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """See `Engine.held_tensors`."""
+        parameters: list[Any] = list(self._parameters.values())
+        return {
+            "weights": parameters,
+            "gradients": [parameter.main_grad for parameter in parameters if parameter.requires_grad],
+            "optimizer": self._masters.held(),
+        }
 
     def set_rope_theta(self, theta: float) -> None:
         """See `Engine.set_rope_theta`."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hcx.engine.blocks import BlockMap
+from hcx.engine.common import state_tensors
 from hcx.engine.sharded import allocate_state, set_step
 
 
@@ -64,6 +65,11 @@ class MegatronMasters:
         """The tensors that the inner optimizer steps."""
         inner = self._optimizer.optimizer
         return [] if inner is None else [master for group in inner.param_groups for master in group["params"]]
+
+    def held(self) -> list[Tensor]:
+        """Masters and optimizer state of this rank."""
+        inner = self._optimizer.optimizer
+        return [*self._stepped(), *([] if inner is None else state_tensors([inner]))]
 
     def set_step(self, step: int) -> None:
         """Sets the number of steps taken, which Adam's bias correction needs."""

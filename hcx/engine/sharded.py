@@ -44,6 +44,10 @@ class MasterAccess(Protocol):
         """Sets the number of steps taken, which Adam's bias correction needs."""
         ...
 
+    def held(self) -> list[Tensor]:
+        """Masters and optimizer state of this rank, as allocated."""
+        ...
+
     def push(self, name: str, master: Tensor) -> None:
         """Writes a full canonical master into the working copy; collective where the library makes it so."""
         ...

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hcx.data.batch import MicroBatch
 from hcx.dist import Topology, process_environment
 from hcx.engine.base import Engine, ModelOutput, Objective, StateReader, StateSlice, StepBatch, StepStats
-from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, step_meta
+from hcx.engine.common import LOSS, global_weight, plain_meta, reduce_sums, state_tensors, step_meta
 from hcx.engine.config import TorchEngineConfig
 from hcx.errors import CheckpointError, ConfigError, did_you_mean
 from hcx.model.config import ModelConfig
@@ -286,6 +286,14 @@ class TorchEngine(Engine):
         """See `Engine.export_state`."""
         for name, master in self._masters.items():
             yield name, master.data.detach().cpu().clone()
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """See `Engine.held_tensors`; the optimizer's state comes to be in the first step."""
+        return {
+            "weights": list(self._decoder.parameters()),
+            "gradients": [self._gradient_buffer],
+            "optimizer": [*self._masters.values(), *state_tensors(self._optimizers)],
+        }
 
     def set_rope_theta(self, theta: float) -> None:
         """See `Engine.set_rope_theta`."""

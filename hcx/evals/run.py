@@ -164,7 +164,7 @@ def _run(
             numerics=settings["numerics"],
             adapter=settings["adapter"],
         )
-        loaded = load_tasks([item.card for item in chosen], lm.pretrained, data)
+        loaded = load_tasks([item.card for item in chosen], str(lm.loaded.tokenizer_directory), data)
         chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
         items = {
             item.card.name: list(range(_smaller(item.limit, len(loaded["tasks"][item.card.name].eval_docs)) or 0))

@@ -55,7 +55,8 @@ class Generator:
             raise ConfigError(f"max_batch = {max_batch}; must be at least 1")
         weight = loaded.decoder.output_weight()
         cache = ContiguousKVCache(loaded.config, max_batch, self.max_seq, weight.dtype, weight.device)
-        self.scheduler = Scheduler(steps or EagerSteps(loaded.decoder), loaded.config, cache, prefill_tokens)
+        steps = steps or EagerSteps(loaded.decoder)
+        self.scheduler = Scheduler(steps, loaded.config, cache, prefill_tokens, routed=bool(loaded.tasks))
         self.detokenizer = None if loaded.tokenizer is None else Detokenizer(loaded.tokenizer)
         self.stop_ids = _end_tokens(loaded)
 
@@ -73,8 +74,13 @@ class Generator:
         special = _tokenizer(self.loaded, "chat").special_tokens
         return tuple(special[name] for name in END_OF_TURN_NAMES if name in special)
 
-    def request(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+    def request(self, prompt: Sequence[int], params: SamplingParams, task: int = 0) -> Request:
         """A request for the scheduler.
+
+        Args:
+            prompt: token ids.
+            params: what is asked for.
+            task: number of the task whose scales it uses; 0: the base model.
 
         Raises:
             ConfigError: stop strings without a tokenizer.
@@ -90,7 +96,7 @@ class Generator:
             stream = self.detokenizer.stream(params.stop)
         elif params.stop:
             raise ConfigError(f"stop strings need a tokenizer, and {self.loaded.directory} has no tokenizer.json")
-        return Request(tuple(prompt), params, stream, frozenset(stop_ids))
+        return Request(tuple(prompt), params, stream, frozenset(stop_ids), task)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]

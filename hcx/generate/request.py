@@ -74,12 +74,14 @@ class Request:
         params: what is asked for.
         stream: assembles the text; None without a tokenizer.
         stop_ids: tokens that end the answer.
+        task: number of the task whose scales it uses (`LoadedModel.tasks`, from 1); 0: the base model.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     stream: TextStream | None = None
     stop_ids: frozenset[int] = frozenset()
+    task: int = 0
     arrived: float = field(default_factory=time.monotonic)
     computed: int = 0
     tokens: list[int] = field(default_factory=list)

@@ -32,13 +32,22 @@ class Scheduler:
         config: shape of the model.
         cache: one row per running request.
         prefill_tokens: prompt tokens read per step; bounds how long others wait for a long prompt.
+        routed: rows may belong to different tasks. All of them then go the same way, also the base model's: an answer
+            does not depend on who else is in the batch.
     """
 
-    def __init__(self, steps: Steps, config: ModelConfig, cache: ContiguousKVCache, prefill_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        config: ModelConfig,
+        cache: ContiguousKVCache,
+        prefill_tokens: int = 512,
+        routed: bool = False,
+    ) -> None:
         if prefill_tokens < 1:
             raise ConfigError(f"prefill_tokens = {prefill_tokens}; must be at least 1")
         self.steps, self.config, self.cache = steps, config, cache
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens, self._routed = prefill_tokens, routed
         self.device = cache.keys.device
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []
@@ -97,7 +106,7 @@ class Scheduler:
         positions = [request.length for request in requests]
         view = self.cache.view(0, len(requests), max(positions) + 1)
         tokens = self._tensor([request.newest for request in requests])
-        logits = self.steps.decode_step(tokens, self._tensor(positions), view)
+        logits = self.steps.decode_step(tokens, self._tensor(positions), view, self._task_ids(requests))
         return self._accept(requests, logits)
 
     def _prefill(self) -> list[tuple[Request, Piece]]:
@@ -115,7 +124,7 @@ class Scheduler:
             positions.append([*places, *[self.cache.scratch] * padding])
         length = max(request.computed + count for request, count in zip(requests, counts, strict=True))
         view = self.cache.view(first, len(requests), length)
-        hidden = self.steps.prefill(self._tensor(tokens), self._tensor(positions), view)
+        hidden = self.steps.prefill(self._tensor(tokens), self._tensor(positions), view, self._task_ids(requests))
         read, last = [], []
         for row, (request, count) in enumerate(zip(requests, counts, strict=True)):
             if request.params.prompt_logprobs is not None:
@@ -208,6 +217,10 @@ class Scheduler:
             self.cache.move(source, gap, self.rows[source].length)
             self.rows[gap] = self.rows[source]
         return source
+
+    def _task_ids(self, requests: list[Request]) -> Tensor | None:
+        # On the host: which rows go to which weights is decided there.
+        return torch.tensor([request.task for request in requests]) if self._routed else None
 
     def _tensor(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -8,7 +8,7 @@ The format with an offset is LUT-GEMM's (Park et al. 2024, section 3): it contai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from hcx.errors import KernelError
 VERSION = 1
 MAX_BITS = 8
 SCALE_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-UNSUPPORTED = ("row_segments", "row_order", "in_order", "encoding", "activation_ranges")
+UNSUPPORTED = ("in_order", "activation_ranges")
 """Optional keys of the format that this version refuses by name."""
 
 
@@ -36,6 +36,7 @@ class PackedWeight:
         in_features: inputs, without padding.
         group_size: inputs per scale.
         sorted: whether scales fall in magnitude from plane to plane in every group.
+        narrow: number of planes -> scales and offset with which so many first planes are a narrower weight of its own.
     """
 
     planes: Tensor
@@ -44,6 +45,7 @@ class PackedWeight:
     in_features: int
     group_size: int
     sorted: bool = False
+    narrow: Mapping[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.planes.dtype != torch.uint8 or self.planes.dim() != 3:
@@ -72,6 +74,31 @@ class PackedWeight:
                 f"offset is {self.offset.dtype} {tuple(self.offset.shape)}; "
                 f"expected fp32 {(self.out_features, groups)} (rounded offsets lose exactness)"
             )
+        if self.narrow and not self.sorted:
+            raise KernelError("a weight of several widths has unsorted planes; the last ones must be the smallest")
+        for width, (scales, offset) in self.narrow.items():
+            if not 1 <= width < self.bits:
+                raise KernelError(f"a narrower width of {width} planes in a weight of {self.bits}")
+            # The checks of a weight of that width are the checks above.
+            replace(self, planes=self.planes[:width], scales=scales, offset=offset, narrow={})
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every number of planes that it can be served with, rising."""
+        return (*sorted(self.narrow), self.bits)
+
+    def at(self, bits: int) -> PackedWeight:
+        """The weight of the first `bits` planes, with their own scales and offset.
+
+        Raises:
+            KernelError: it has none of that width.
+        """
+        if bits == self.bits:
+            return replace(self, narrow={})
+        if bits not in self.narrow:
+            raise KernelError(f"no width of {bits} planes; this weight has {', '.join(map(str, self.widths))}")
+        scales, offset = self.narrow[bits]
+        return replace(self, planes=self.planes[:bits].contiguous(), scales=scales, offset=offset, narrow={})
 
     @property
     def bits(self) -> int:
@@ -90,8 +117,8 @@ class PackedWeight:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk of planes, scales and offset."""
-        tensors = [self.planes, self.scales, *([] if self.offset is None else [self.offset])]
+        """Bytes on disk of planes, scales and offsets, those of narrower widths included."""
+        tensors = self.to_tensors("").values()
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -119,18 +146,30 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on a device."""
         offset = None if self.offset is None else self.offset.to(device)
-        return replace(self, planes=self.planes.to(device), scales=self.scales.to(device), offset=offset)
+        narrow = {
+            width: (scales.to(device), None if own is None else own.to(device))
+            for width, (scales, own) in self.narrow.items()
+        }
+        return replace(self, planes=self.planes.to(device), scales=self.scales.to(device), offset=offset, narrow=narrow)
+
+    def to_packed(self) -> PackedWeight:
+        """Itself; what other forms on disk become at load."""
+        return self
 
     def to_tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors as stored: `STEM.planes`, `STEM.scales` and, if there is one, `STEM.offset`."""
-        tensors = {f"{stem}.planes": self.planes, f"{stem}.scales": self.scales}
-        if self.offset is not None:
-            tensors[f"{stem}.offset"] = self.offset
+        """The tensors as stored: `STEM.planes`, `STEM.scales`, `STEM.offset` if any; `_W` after narrower widths'."""
+        tensors = {f"{stem}.planes": self.planes}
+        for suffix, scales, offset in [("", self.scales, self.offset)] + [
+            (f"_{width}", *self.narrow[width]) for width in sorted(self.narrow)
+        ]:
+            tensors[f"{stem}.scales{suffix}"] = scales
+            if offset is not None:
+                tensors[f"{stem}.offset{suffix}"] = offset
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def describe(self) -> dict[str, Any]:
         """The module's entry in `quantization_config.modules`."""
-        return {
+        entry: dict[str, Any] = {
             "bits": self.bits,
             "group_size": self.group_size,
             "in_features": self.in_features,
@@ -139,6 +178,16 @@ class PackedWeight:
             "offset": self.offset is not None,
             "sorted": self.sorted,
         }
+        if self.narrow:
+            entry["widths"] = list(self.widths)
+        return entry
+
+    @staticmethod
+    def tensor_names(stem: str, entry: Mapping[str, Any]) -> list[str]:
+        """The names under which `to_tensors` stored a weight with this entry."""
+        suffixes = ["", *(f"_{width}" for width in list(entry.get("widths") or [])[:-1])]
+        kinds = ["scales", "offset"] if entry.get("offset") else ["scales"]
+        return [f"{stem}.planes", *(f"{stem}.{kind}{suffix}" for suffix in suffixes for kind in kinds)]
 
     @classmethod
     def from_tensors(cls, stem: str, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> PackedWeight:
@@ -150,18 +199,34 @@ class PackedWeight:
         for key in UNSUPPORTED:
             if entry.get(key):
                 raise KernelError(f"{stem}: the option {key!r} is not supported by this version of hcx")
-        names = [f"{stem}.planes", f"{stem}.scales", *([f"{stem}.offset"] if entry.get("offset") else [])]
-        for name in names:
+        # Other forms on disk become this one at load, so that every kernel serves them.
+        if entry.get("mask") or entry.get("encoding"):
+            from hcx.kernels.masked import read_masked
+
+            return read_masked(stem, tensors, entry).to_packed()
+        if entry.get("row_segments") or entry.get("row_order"):
+            from hcx.kernels.segmented import read_segmented
+
+            return read_segmented(stem, tensors, entry).to_packed()
+        for name in cls.tensor_names(stem, entry):
             if name not in tensors:
                 raise KernelError(f"{name}: missing from the weight files")
+        widths = list(entry.get("widths") or [])
         try:
             packed = cls(
-                planes=tensors[names[0]],
-                scales=tensors[names[1]],
-                offset=tensors[names[2]] if entry.get("offset") else None,
+                planes=tensors[f"{stem}.planes"],
+                scales=tensors[f"{stem}.scales"],
+                offset=tensors[f"{stem}.offset"] if entry.get("offset") else None,
                 in_features=int(entry["in_features"]),
                 group_size=int(entry["group_size"]),
                 sorted=bool(entry.get("sorted", False)),
+                narrow={
+                    width: (
+                        tensors[f"{stem}.scales_{width}"],
+                        tensors[f"{stem}.offset_{width}"] if entry.get("offset") else None,
+                    )
+                    for width in widths[:-1]
+                },
             )
         except KeyError as error:
             raise KernelError(f"{stem}: quantization_config lacks {error.args[0]!r}") from None
@@ -169,6 +234,8 @@ class PackedWeight:
             raise KernelError(f"{stem}: {error}") from None
         if packed.bits != entry.get("bits", packed.bits):
             raise KernelError(f"{stem}: {packed.bits} planes in the file, bits = {entry['bits']} in the configuration")
+        if widths and widths[-1] != packed.bits:
+            raise KernelError(f"{stem}: widths = {widths} in the configuration, {packed.bits} planes in the file")
         return packed
 
 

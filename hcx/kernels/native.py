@@ -66,6 +66,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hcx_biqgemm_pack": (*_CANONICAL, _P, _I64),
     "hcx_biqgemm_matmul": (_P, _I64, _P, _I64, _I64, _P, _I64, _I32),
     "hcx_biqgemm_table": (_P, _P),
+    "hcx_gf2_decode": (_P, _P, _I64, _P, _I64, _P, _I64, _I32),
+    "hcx_gf2_correct": (_P, _P, _I64, _P, _I64),
+    "hcx_gf2_encode": (_P, _P, _I64, _P, _P, _I64, _P, _I64, _P, _I32, _I32),
+    "hcx_bit_transpose": (_P, _I64, _I64, _P, _I64),
     "hcx_read": (_P, _I64, _I32, _P),
 }
 

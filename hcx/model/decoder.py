@@ -85,13 +85,13 @@ class Attention(Sublayer):
         self.dim, self.scale = dim, config.attention_scale
 
     def branch(self, x: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
-        fused = self.qkv(x)
+        fused = self.qkv(x, meta.adapter_ids)
         heads = fused.unflatten(-1, (sum(self.heads), self.dim))
         queries, keys, _ = self.heads
         # Queries and keys lie side by side: one rotation turns both.
         turned, v = rotate(heads[:, :, : queries + keys], rotary), heads[:, :, queries + keys :]
         q, k = turned.split([queries, keys], dim=2)
-        return self.out(attend(q, k, v, meta, self.layer, self.scale))
+        return self.out(attend(q, k, v, meta, self.layer, self.scale), meta.adapter_ids)
 
 
 class MLP(Sublayer):
@@ -105,8 +105,8 @@ class MLP(Sublayer):
         self.down = LinearPart(parts, {f"{stem}.down_proj": (hidden, inner)}, "row")
 
     def branch(self, x: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate, up = self.gate_up(x, meta.adapter_ids).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, meta.adapter_ids)
 
 
 class Matrix(nn.Module):

@@ -1,29 +1,32 @@
-"""Any MODEL directory -> a decoder: Hugging Face's llama and hyperclovax files, full precision or binary-coded."""
+"""Any MODEL -> a decoder: Hugging Face's llama and hyperclovax files, full precision or binary-coded, and GGUF."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, read_manifest
 from hcx.errors import CheckpointError, KernelError
-from hcx.kernels import PackedWeight
+from hcx.kernels import PackedWeight, xor_codes
 from hcx.model.adapters import attach_adapter
 from hcx.model.config import ModelConfig
-from hcx.model.convert.hf import config_from_hf
+from hcx.model.convert.gguf import GGUFModel, check_tokenizer
+from hcx.model.convert.gguf_file import SUFFIX, is_gguf
+from hcx.model.convert.hf import config_from_hf, copy_tokenizer
 from hcx.model.convert.peft import read_adapter
 from hcx.model.decoder import Decoder
 from hcx.model.parts.base import PlainParts
 from hcx.model.parts.linear import LinearPart
+from hcx.model.parts.scales import RoutedSource
 from hcx.model.parts.sources import BCQSource, DenseSource, LinearBlock, SplitSource, WeightSource
+from hcx.model.stores import SafetensorsStore, TensorStore, check_sizes, read_json
+from hcx.model.tasks import ScaleTask, is_task, read_task
 from hcx.model.weights import TensorWeights, load_weights
 from hcx.obs import get_logger
 
@@ -36,30 +39,46 @@ QUANT_METHOD = "bcq"
 
 
 class ModelFiles:
-    """Random access to the tensors of a MODEL directory; nothing is unpickled, and files are memory-mapped.
+    """Random access to the tensors of a MODEL, a directory or a GGUF file; nothing is unpickled.
 
     Attributes:
-        directory: the directory.
-        values: `config.json`.
+        directory: the directory, or the GGUF file.
+        values: `config.json`, or what it would say.
         config: the decoder's configuration.
         modules: stem -> entry of `quantization_config.modules`; empty for full precision.
+        bits: the width at which weights that have several are read; the widest if None.
+
+    Raises:
+        CheckpointError: the directory is no model, is damaged, or has no such width.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, bits: int | None = None) -> None:
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"{directory}: no such model directory")
-        self.values = _read_json(self.directory / "config.json")
+        self._gguf = GGUFModel(self.directory) if is_gguf(self.directory) else None
+        if self._gguf is None and not self.directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: no such model directory, nor a GGUF file (they are told by the ending {SUFFIX})"
+            )
+        self.values = self._gguf.values if self._gguf is not None else read_json(self.directory / "config.json")
         self.config = config_from_hf(self.values, str(self.directory / "config.json"))
         self.modules = self._quantized_modules()
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._where = self._index()
+        self.bits = bits
+        if bits is not None and not any(bits in self._widths(entry) for entry in self.modules.values()):
+            there = sorted({width for entry in self.modules.values() for width in self._widths(entry)})
+            raise CheckpointError(
+                f"{self.directory}: no weights of {bits} bits; "
+                + (f"this model is served at {', '.join(map(str, there))}" if there else "it is not binary-coded")
+            )
+        self._store: TensorStore = self._gguf if self._gguf is not None else SafetensorsStore(self.directory)
+        self._where = self._store.shapes
+        check_sizes(self.directory, self.config, self._where, self.modules)
 
     def _quantized_modules(self) -> Mapping[str, Mapping[str, Any]]:
         stated = self.values.get("quantization_config")
         if not stated:
             return {}
+        if not isinstance(stated, dict):
+            raise CheckpointError(f"{self.directory}: quantization_config must be an object")
         method = stated.get("quant_method")
         if method != QUANT_METHOD:
             raise CheckpointError(
@@ -69,28 +88,13 @@ class ModelFiles:
         if stated.get("version") != 1:
             raise CheckpointError(f"{self.directory}: BCQ format version {stated.get('version')}; this hcx reads 1")
         modules: Mapping[str, Mapping[str, Any]] = stated.get("modules", {})
+        if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
+            raise CheckpointError(f"{self.directory}: quantization_config.modules must map names to settings")
         return modules
 
-    def _index(self) -> dict[str, str]:
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not files:
-            pickled = any(self.directory.glob("*.bin"))
-            raise CheckpointError(
-                f"{self.directory}: no *.safetensors"
-                + (" (pickled *.bin files are never loaded: save them as safetensors first)" if pickled else "")
-            )
-        for path in self.directory.glob("*.safetensors.index.json"):
-            for name in sorted(set(_read_json(path)["weight_map"].values())):
-                if name not in files:
-                    raise CheckpointError(f"{self.directory / name}: listed in {path.name} but missing")
-        where: dict[str, str] = {}
-        for name in files:
-            try:
-                self._files[name] = self._stack.enter_context(safe_open(self.directory / name, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.directory / name}: damaged or cut short ({error})") from None
-            where.update(dict.fromkeys(self._files[name].keys(), name))
-        return where
+    @staticmethod
+    def _widths(entry: Mapping[str, Any]) -> list[int]:
+        return list(entry.get("widths") or [entry.get("bits")])
 
     def names(self) -> list[str]:
         """Names of the stored tensors."""
@@ -106,15 +110,43 @@ class ModelFiles:
             raise CheckpointError(
                 f"{self.directory}: the weight files lack {name!r}: incomplete, or not of this config.json"
             )
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
-        return tensor
+        return self._store.read(name)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, or None if it has none.
+
+        Raises:
+            DataError: damaged, or of a kind that is not read.
+            CheckpointError: not the one that the model was trained with.
+        """
+        if self._gguf is None:
+            return _tokenizer(self.directory)
+        found = self._gguf.tokenizer()
+        check_tokenizer(found, self.config.vocab_size, self.directory)
+        return found
+
+    def write_tokenizer(self, directory: Path) -> bool:
+        """Puts the model's tokenizer files into a directory; says whether there were any."""
+        if self._gguf is None:
+            copy_tokenizer(self.directory, directory)
+        else:
+            found = self.tokenizer()
+            if found is not None:
+                found.save(directory)
+        return (directory / "tokenizer.json").is_file()
 
     def packed(self, stem: str) -> PackedWeight:
-        """One binary-coded weight."""
+        """One binary-coded weight, at the width asked for if it has several."""
         entry = self.modules[stem]
-        names = [name for name in (f"{stem}.planes", f"{stem}.scales", f"{stem}.offset") if name in self._where]
+        names = [name for name in self._where if name.rpartition(".")[0] == stem]
         try:
-            return PackedWeight.from_tensors(stem, {name: self.read(name) for name in names}, entry)
+            tensors = {name: self.read(name) for name in names}
+            if entry.get("encoding", {}).get("kind") == xor_codes.KIND:
+                tensors[f"{stem}.planes"] = xor_codes.decode_planes(stem, self.read(f"{stem}.codes"), entry)
+                entry = {key: value for key, value in entry.items() if key != "encoding"}
+            packed = PackedWeight.from_tensors(stem, tensors, entry)
+            # A weight of one width, or without this one (a rule of the plan), is served as it is.
+            return packed.at(self.bits if self.bits in packed.narrow and self.bits is not None else packed.bits)
         except KernelError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
 
@@ -125,23 +157,13 @@ class ModelFiles:
 
     def close(self) -> None:
         """Releases the files."""
-        self._stack.close()
+        self._store.close()
 
     def __enter__(self) -> ModelFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model directory, {path.name} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    return values
 
 
 @dataclass
@@ -152,10 +174,11 @@ class LoadedModel:
         decoder: in evaluation mode, without gradients.
         config: its shape.
         tokenizer: of the directory, or None if it holds none.
-        directory: where it came from.
+        directory: where it came from; a GGUF file stands for itself.
         quantization: `quantization_config` of a binary-coded model, or None.
         numerics: the class that its kernels keep.
         adapter: the directory of the low-rank updates beside its weights, or None.
+        tasks: names of the tasks whose scales rows may ask for; the first one is number 1 (`ForwardMeta.adapter_ids`).
     """
 
     decoder: Decoder
@@ -165,13 +188,23 @@ class LoadedModel:
     quantization: dict[str, Any] | None
     numerics: str = "reference"
     adapter: Path | None = None
+    tasks: tuple[str, ...] = ()
+    _unpacked: TemporaryDirectory[str] | None = field(default=None, init=False, repr=False)
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer's files are: an adapter's chat format may differ from its model's."""
+        """Where the tokenizer's files are: an adapter's chat format may differ from its model's.
+
+        Of a GGUF file they are unpacked into a temporary directory, which lives as long as this object.
+        """
         if self.adapter is not None and (self.adapter / "tokenizer.json").is_file():
             return self.adapter
-        return self.directory
+        if not is_gguf(self.directory) or self.tokenizer is None:
+            return self.directory
+        if self._unpacked is None:
+            self._unpacked = TemporaryDirectory(prefix="hcx-tokenizer-")
+            self.tokenizer.save(self._unpacked.name)
+        return Path(self._unpacked.name)
 
 
 def iter_tensors(directory: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -198,42 +231,63 @@ def load_model(
     device: torch.device | str = "cpu",
     numerics: str = "reference",
     adapter: str | Path | None = None,
+    bits: int | None = None,
+    tasks: Mapping[str, str | Path] | None = None,
 ) -> LoadedModel:
     """Loads a model for inference.
 
     Args:
-        directory: Hugging Face's layout, full precision or BCQ.
+        directory: Hugging Face's layout, full precision or BCQ; or a GGUF file.
         dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
         device: where to compute.
         numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
-        adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights.
+        adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights; or of a task's
+            scales, which take the place of the model's.
+        bits: the width of a model with nested planes; the widest if not given.
+        tasks: name -> directory of a task's scales, for rows that ask for them.
 
     Raises:
         CheckpointError: the directory is no model, is damaged, or needs something that is not supported.
     """
     device = torch.device(device)
-    with ModelFiles(directory) as files:
+    with ModelFiles(directory, bits) as files:
         if dtype is None:
             stored = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
             dtype = torch.float32 if device.type == "cpu" else getattr(torch, stored.removeprefix("torch."))
         decoder = Decoder(files.config, PlainParts(dtype, "meta"))
+        merged = read_task(adapter) if adapter is not None and is_task(adapter) else None
+        routed = [read_task(path) for path in (tasks or {}).values()]
+        for task in (*([merged] if merged else []), *routed):
+            _check_task(task, files)
 
         def dense(block: LinearBlock) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(block.global_shape, dtype=dtype, device="meta"))
 
         for part in dict.fromkeys(decoder.linears().values()):
-            use_packed(part, files, device, numerics, dense)
+            use_packed(part, files, device, numerics, dense, merged=merged, tasks=routed)
         decoder.to_empty(device=device)
         load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
         quantization = files.values.get("quantization_config")
-    tokenizer = _tokenizer(files.directory)
+        tokenizer = files.tokenizer()
     if adapter is not None:
         adapter = Path(adapter)
-        attach_adapter(decoder, read_adapter(adapter), dtype, device)
+        if merged is None:
+            attach_adapter(decoder, read_adapter(adapter), dtype, device)
         tokenizer = _adapted_tokenizer(adapter, tokenizer)
         _tell_other_base(adapter, files.directory)
     decoder.requires_grad_(False).eval()
-    return LoadedModel(decoder, files.config, tokenizer, files.directory, quantization or None, numerics, adapter)
+    return LoadedModel(
+        decoder, files.config, tokenizer, files.directory, quantization or None, numerics, adapter, tuple(tasks or ())
+    )
+
+
+def _check_task(task: ScaleTask, files: ModelFiles) -> None:
+    foreign = sorted(task.stems - set(files.modules))
+    if foreign:
+        raise CheckpointError(
+            f"{task.directory}: holds scales of {foreign[0]}, which is not binary-coded in {files.directory}; give the "
+            f"model that the task was trained on ({task.base})"
+        )
 
 
 def use_packed(
@@ -243,6 +297,8 @@ def use_packed(
     numerics: str,
     dense: Callable[[LinearBlock], torch.nn.Parameter],
     differentiable: bool = False,
+    merged: ScaleTask | None = None,
+    tasks: Sequence[ScaleTask] = (),
 ) -> None:
     """Lets a linear part multiply with the directory's binary-coded weights, where it has some for it.
 
@@ -253,6 +309,8 @@ def use_packed(
         numerics: class of the kernels.
         dense: makes the parameter of a block that is not binary-coded, in a part where others are.
         differentiable: gradients shall flow through to what comes before the part.
+        merged: a task whose scales take the place of the directory's.
+        tasks: tasks that rows of a batch may ask for.
 
     Raises:
         CheckpointError: a packed weight has another shape than the part.
@@ -267,13 +325,23 @@ def use_packed(
             raise CheckpointError(
                 f"{files.directory}: {block.stem} is {shape}, the configuration says {block.global_shape}"
             )
+    if merged is not None:
+        packed = {stem: merged.merged(stem, weight) for stem, weight in packed.items()}
+
+    def coded(chosen: dict[str, PackedWeight]) -> WeightSource:
+        source = BCQSource(chosen, numerics, differentiable)
+        if not tasks:
+            return source
+        versions = [[task.merged(stem, weight) for stem, weight in chosen.items()] for task in tasks]
+        return RoutedSource(source, list(chosen.values()), versions)
+
     if len(quantized) == len(part.blocks):
-        part.replace_source(BCQSource(packed, numerics, differentiable))
+        part.replace_source(coded(packed))
         return
     sources: dict[str, WeightSource] = {}
     for block in part.blocks:
         if block.stem in packed:
-            sources[block.stem] = BCQSource({block.stem: packed[block.stem]}, numerics, differentiable)
+            sources[block.stem] = coded({block.stem: packed[block.stem]})
         else:
             sources[block.stem] = DenseSource(dense(block), [block.alone()])
     part.replace_source(SplitSource(sources))

@@ -23,7 +23,8 @@ class ForwardMeta:
         dropbp_mask: one bool per residual sublayer of the whole model (attention of block 0, MLP of block 0, ...);
             True: this sublayer's backward is dropped (Woo et al., DropBP, section 3). None: nothing is dropped.
             Indices are global, also on a pipeline stage. It is decided before the forward, never drawn inside it.
-        adapter_ids: `[batch]` (int64), which adapter each row uses; None: the base model.
+        adapter_ids: `[batch]` (int64), which task's scales each row uses, counted from 1; 0: the base model's. None:
+            all rows the base model's.
     """
 
     positions: Tensor | None = None

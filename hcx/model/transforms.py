@@ -43,10 +43,14 @@ class GradientSource(Protocol):
 
 
 class EditsMasters(Protocol):
-    """The part of an engine that `after_step` uses."""
+    """The part of an engine that `after_step` and `finalize` use."""
 
     def edit_masters(self, names: Iterable[str], fn: EditMaster) -> None:
         """See `Engine.edit_masters`."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """See `Engine.scalars`: `optimizer_steps` counts the steps that made an update."""
         ...
 
 

@@ -7,9 +7,15 @@ import os
 import sys
 
 
+def _rank() -> str:
+    """Of torchrun, or of a task that srun started (see `hcx.dist.slurm.in_step`)."""
+    env = os.environ
+    return env.get("RANK", env.get("SLURM_PROCID", "0") if "SLURM_STEP_ID" in env else "0")
+
+
 class _RankFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.rank = os.environ.get("RANK", "0")
+        record.rank = _rank()
         return True
 
 
@@ -22,7 +28,7 @@ def setup_logging(level: str | int = "INFO") -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     handler.addFilter(_RankFilter())
     logger.addHandler(handler)
-    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(level if _rank() == "0" else logging.WARNING)
     logger.propagate = False
 
 

@@ -43,7 +43,8 @@ def parameter_groups(shapes: Mapping[str, tuple[int, ...]], config: OptimConfig)
         update = config.kind
         if update == "muon" and not _is_hidden_matrix(name, shape):
             update = "adamw"
-        decay = config.weight_decay if len(shape) > 1 else 0.0
+        # Decay would pull scales towards a weight of zero, and FleXOR's keys to where every step flips their signs.
+        decay = config.weight_decay if len(shape) > 1 and not _is_scale(name) else 0.0
         if rule is not None and rule.weight_decay is not None:
             decay = rule.weight_decay
         lr_mult = (1.0 if rule is None else rule.lr_mult) * (config.muon_lr_mult if update == "muon" else 1.0)
@@ -63,4 +64,9 @@ def _width_factor(name: str, shape: tuple[int, ...], config: OptimConfig) -> flo
 
 def _is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
     # Between hidden spaces; embeddings and the output map one-hot vectors (Jordan et al. 2024 for Muon; muP likewise).
-    return len(shape) == 2 and "embed_tokens" not in name and not name.startswith("lm_head")
+    return len(shape) == 2 and "embed_tokens" not in name and not name.startswith("lm_head") and not _is_scale(name)
+
+
+def _is_scale(name: str) -> bool:
+    # Scales and keys of coded weights: tables of numbers, not maps between spaces.
+    return ".scales." in name or ".keys." in name or name.endswith(".offset")

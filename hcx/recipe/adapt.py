@@ -1,4 +1,4 @@
-"""Runs that train a low-rank adapter: what goes on top of the base, and what is written at the end."""
+"""Runs that train an adapter (low-rank updates, or scales): what goes on the base, and what is written at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hcx.artifacts import Input, artifact_input, is_complete, new_artifact
+from hcx.compress.alphatuning import AlphaTuning, AlphaTuningConfig
 from hcx.errors import ConfigError
 from hcx.model.adapters import LoRA
 from hcx.model.convert.hf import copy_tokenizer, export_hf
@@ -18,6 +19,7 @@ from hcx.model.decoder import Decoder
 from hcx.model.load import ModelFiles, use_packed
 from hcx.model.parts.linear import LinearPart
 from hcx.model.parts.sources import DenseSource, LinearBlock
+from hcx.model.tasks import read_task, write_task
 from hcx.model.transforms import ModelTransform, TransformContext
 from hcx.obs import get_logger
 from hcx.recipe.convert import DTYPES, CheckpointModel
@@ -70,6 +72,9 @@ def adapter_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
     """
     if recipe.adapter is None or recipe.init_from is None:
         return []
+    if isinstance(recipe.adapter, AlphaTuningConfig):
+        start = None if recipe.adapter.init_from is None else read_task(recipe.adapter.init_from)
+        return [AlphaTuning(recipe.adapter, recipe.init_from, start)]
     initial = None if recipe.adapter.init_from is None else read_adapter(recipe.adapter.init_from)
     lora = LoRA(recipe.adapter, recipe.seed, initial)
     with ModelFiles(recipe.init_from) as files:
@@ -80,7 +85,8 @@ def adapter_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
 def export_adapter_run(
     recipe: TrainRecipe, out: Path, data: RunData, checkpoint: Path, inputs: Sequence[Input]
 ) -> None:
-    """Writes `OUT/adapter` in PEFT's form and, unless the base is packed, `OUT/model` with it merged in."""
+    """Writes `OUT/adapter`, in PEFT's form or as a task file, and, unless the base is packed, `OUT/model` with the
+    low-rank updates merged in."""
     reader = CheckpointReader(checkpoint)
     model = CheckpointModel(reader)
     made_from = [artifact_input("checkpoint", checkpoint), *inputs]
@@ -92,9 +98,14 @@ def export_adapter_run(
     }
     target = out / "adapter"
     with new_artifact(target, "adapter", recipe, made_from, overwrite=is_complete(target)) as artifact:
-        write_adapter(artifact.path, model.adapter, str(Path(recipe.init_from or "").resolve()))
-        copy_tokenizer(data.tokenizer_of, artifact.path)
-        data.write_tokenizer(artifact.path)
+        if isinstance(recipe.adapter, AlphaTuningConfig):
+            size = write_task(artifact.path, model.task)
+            numbers = sum(tensor.numel() for tensor in model.task.tensors.values())
+            counts |= {"trained_numbers": numbers, "task_file_bytes": size}
+        else:
+            write_adapter(artifact.path, model.adapter, str(Path(recipe.init_from or "").resolve()))
+            copy_tokenizer(data.tokenizer_of, artifact.path)
+            data.write_tokenizer(artifact.path)
         artifact.counts = counts
     log.info("adapter %s", target)
     if not recipe.export.merged:

@@ -158,7 +158,7 @@ def _compress(decoder: Decoder, plan: ModulePlan, numerics: str) -> None:
     for part in dict.fromkeys(decoder.linears().values()):
         source = part.source
         assert isinstance(source, DenseSource)
-        packed = {block.stem: plan.quantize(source.weight[slice(*block.rows)].float()) for block in part.blocks}
+        packed = {b.stem: plan.quantize(source.weight[slice(*b.rows)].float()).to_packed() for b in part.blocks}
         part.replace_source(BCQSource(packed, numerics))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from hcx.compress.alphatuning import AlphaTuningConfig, tuned_stems
 from hcx.data.token_budget import rounded_up
 from hcx.engine.config import MegatronEngineConfig
-from hcx.engine.legality import violations
-from hcx.errors import ConfigError
+from hcx.engine.legality import explain, violations
+from hcx.errors import ConfigError, HcxError
 from hcx.model.adapters import target_stems
+from hcx.model.load import ModelFiles
 from hcx.obs import get_logger
+from hcx.recipe.regularise import flexor_fits, regularise_fits
 from hcx.recipe.train import ChatSection, TrainRecipe
 
 log = get_logger(__name__)
@@ -118,11 +121,20 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.adapter is None:
         return
     if recipe.init_from is None:
-        yield "adapter: low-rank updates go on top of a trained model; name it by init_from"
+        yield "adapter: it goes on top of a trained model; name it by init_from"
     try:
-        target_stems(recipe.adapter.targets, recipe.model)
-    except ConfigError as error:
+        if not isinstance(recipe.adapter, AlphaTuningConfig):
+            target_stems(recipe.adapter.targets, recipe.model)
+        elif recipe.init_from is not None:
+            with ModelFiles(recipe.init_from) as files:
+                tuned_stems(recipe.adapter, files)
+    except HcxError as error:
         yield str(error)
+    if isinstance(recipe.adapter, AlphaTuningConfig) and isinstance(recipe.data, ChatSection) and recipe.data.preamble:
+        yield (
+            "data.preamble with adapter.kind = alphatuning: a task file holds scales only, so the chat format stays "
+            "that of the model; remove the preamble, or use adapter.kind = lora"
+        )
 
 
 def _dropbp_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
@@ -158,16 +170,11 @@ def _warmup_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.optim.mup is not None and recipe.optim.mup.width != recipe.model.hidden_size:
         yield f"optim.mup.width = {recipe.optim.mup.width}: must be model.hidden_size = {recipe.model.hidden_size}"
-    if recipe.optim.kind == "muon" and recipe.engine.kind != "torch":
-        yield (
-            f"optim.kind = muon: updates whole matrices, which engine.kind = {recipe.engine.kind} shards; "
-            "use adamw, or engine.kind = torch"
-        )
 
 
 def _layout_is_legal(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     seq_len = None if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-    yield from map(str, violations(recipe.engine, recipe.model, world_size, seq_len))
+    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind)
 
 
 CHECKS: dict[str, Check] = {
@@ -179,6 +186,8 @@ CHECKS: dict[str, Check] = {
     "the objective suits the data": _objective_suits,
     "an adapter has a base": _adapter_has_a_base,
     "dropped sublayers divide into stages": _dropbp_fits,
+    "regularisation fits the run, the model and the engine": regularise_fits,
+    "FleXOR fits the model and the engine": flexor_fits,
     "the schedule fits the run": _warmup_fits,
     "the optimizer runs on the engine": _optimizer_runs,
     "the layout is legal": _layout_is_legal,

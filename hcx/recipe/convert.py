@@ -10,13 +10,18 @@ from torch import Tensor
 
 from hcx.artifacts import artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import MANIFEST
+from hcx.compress.alphatuning import AlphaTuningConfig, task_of
+from hcx.compress.flexor import FlexorConfig, packed_of
+from hcx.compress.regularise import matrix_shapes
 from hcx.data.shards import TOKENIZER_FOLDER
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.adapters import Adapter, LoRAConfig
 from hcx.model.config import ModelConfig
+from hcx.model.convert.gguf_file import SUFFIX, is_gguf
 from hcx.model.convert.hf import copy_tokenizer, export_hf
 from hcx.model.convert.peft import read_adapter, write_adapter
 from hcx.model.load import ModelFiles, tensor_names
+from hcx.model.tasks import ScaleTask, is_task
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import CHAT_TEMPLATE_FILE
 from hcx.train import CheckpointReader
@@ -52,8 +57,21 @@ class CheckpointModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether it was written by an adapter's run."""
-        return self._stated.get("adapter") is not None
+        """Whether it was written by a run that trained low-rank updates."""
+        return self._kind == "lora"
+
+    @property
+    def _kind(self) -> str | None:
+        stated = self._stated.get("adapter")
+        return None if stated is None else str(stated.get("kind", "lora"))
+
+    @property
+    def task(self) -> ScaleTask:
+        """The scales of a run that trained those."""
+        config = AlphaTuningConfig.model_validate(self._stated["adapter"], strict=False)
+        return task_of(
+            config, lambda name: self._reader.read(name, "master"), self._held, self._base, self._reader.directory
+        )
 
     @property
     def adapter(self) -> Adapter:
@@ -71,7 +89,7 @@ class CheckpointModel:
     @property
     def base_is_packed(self) -> bool:
         """Whether the base's weights are binary-coded: the checkpoint then holds the rest only."""
-        return not set(tensor_names(self.config)) <= self._held
+        return self._stated.get("flexor") is None and not set(tensor_names(self.config)) <= self._held
 
     @property
     def tokenizer(self) -> Path | None:
@@ -92,11 +110,31 @@ class CheckpointModel:
         if preamble:
             save_chat_format(Tokenizer.load(self.tokenizer).with_preamble(preamble), directory)
 
+    def _expanded(self) -> Iterator[tuple[str, Tensor]]:
+        """Of a FleXOR run: dense weights, expanded from their keys."""
+        config = FlexorConfig.model_validate(self._stated["flexor"], strict=False)
+        for name in tensor_names(self.config):
+            if name in self._held:
+                yield name, self._reader.read(name, "master")
+                continue
+            stem = name.removesuffix(".weight")
+            mine = {n: self._reader.read(n, "master") for n in self._held if n.startswith(f"{stem}.")}
+            packed, _ = packed_of(config, mine, {stem: matrix_shapes(self.config)[stem]})
+            yield name, packed[stem].dequantize()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, full tensor), one at a time."""
+        if self._stated.get("flexor") is not None:
+            yield from self._expanded()
+            return
         adapter = self.adapter if self.has_adapter else None
         files = ModelFiles(self._base) if self.base_is_packed else None
+        task = self.task if self._kind == "alphatuning" else None
         for name in tensor_names(self.config):
+            stem = name.removesuffix(".weight")
+            if task is not None and files is not None and stem in task.stems:
+                yield name, task.merged(stem, files.packed(stem)).dequantize()
+                continue
             weight = files.weight(name) if files and name not in self._held else self._reader.read(name, "master")
             yield name, weight if adapter is None else adapter.merged(name, weight)
 
@@ -111,7 +149,7 @@ def convert_model(
     """Writes a full-precision model directory.
 
     Args:
-        source: a model directory (full precision or BCQ) or a checkpoint directory.
+        source: a model directory (full precision or BCQ), a GGUF file, or a checkpoint directory.
         destination: must not exist.
         dtype: of the written weights.
         manifest: keep `manifest.json` in the result.
@@ -120,10 +158,12 @@ def convert_model(
     Raises:
         CheckpointError: the source is neither, or the adapter does not fit it.
     """
-    if (source / "config.json").is_file():
+    if is_gguf(source) or (source / "config.json").is_file():
         _convert_directory(source, destination, dtype, adapter)
     elif not _is_checkpoint(source):
-        raise CheckpointError(f"{source}: neither a model directory (config.json) nor a complete checkpoint")
+        raise CheckpointError(
+            f"{source}: neither a model directory (config.json), nor a GGUF file (*{SUFFIX}), nor a complete checkpoint"
+        )
     elif adapter is not None:
         raise ConfigError(f"--adapter goes with a model directory, and {source} is a checkpoint")
     else:
@@ -138,6 +178,11 @@ def convert_model(
 
 def _convert_directory(source: Path, destination: Path, dtype: torch.dtype, adapter: Path | None) -> None:
     inputs = [artifact_input("model", source)]
+    if adapter is not None and is_task(adapter):
+        raise ConfigError(
+            f"--adapter {adapter}: a task's scales belong to the planes of its model, and convert writes dense "
+            "weights; give both to generate, eval or serve, or convert the run's checkpoint"
+        )
     updates = None if adapter is None else read_adapter(adapter)
     with ModelFiles(source) as files:
         names = tensor_names(files.config)
@@ -146,8 +191,8 @@ def _convert_directory(source: Path, destination: Path, dtype: torch.dtype, adap
             inputs.append(artifact_input("adapter", adapter))
         weights = ((name, files.weight(name)) for name in names)
         tensors = weights if updates is None else ((n, updates.merged(n, weight)) for n, weight in weights)
-        tokenizer = source if (source / "tokenizer.json").is_file() else None
         with new_artifact(destination, "model", {"dtype": str(dtype)}, inputs) as artifact:
+            tokenizer = artifact.path if files.write_tokenizer(artifact.path) else None
             export_hf(artifact.path, files.config, tensors, tokenizer, dtype)
             if adapter is not None:
                 # Its chat format is the one that was trained.
@@ -184,7 +229,7 @@ def convert_adapter(source: Path, destination: Path, dtype: torch.dtype) -> None
         )
     model = CheckpointModel(CheckpointReader(source))
     if not model.has_adapter:
-        raise CheckpointError(f"{source}: the run that wrote this checkpoint trained no adapter; use --to hf")
+        raise CheckpointError(f"{source}: the run that wrote this checkpoint trained no low-rank adapter; use --to hf")
     inputs = [artifact_input("checkpoint", source)]
     with new_artifact(destination, "adapter", {"dtype": str(dtype)}, inputs) as artifact:
         write_adapter(artifact.path, model.adapter, str(Path(model.base).resolve()), dtype)

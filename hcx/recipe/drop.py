@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hcx.dropbp import DropBP
 from hcx.engine.config import MegatronEngineConfig
+from hcx.model.adapters import LoRAConfig
 from hcx.model.transforms import ModelTransform
 from hcx.recipe.train import TrainRecipe
 
@@ -19,7 +20,8 @@ def dropbp_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
             steps=recipe.train.steps,
             seed=recipe.seed,
             stages=recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1,
-            adapter=recipe.adapter,
+            # The gradient of scales is a sum over that of the weight, which has to be computed: it costs as much.
+            adapter=recipe.adapter if isinstance(recipe.adapter, LoRAConfig) else None,
             checkpointing=recipe.engine.activation_checkpointing,
         )
     ]

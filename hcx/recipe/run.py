@@ -10,8 +10,10 @@ import torch
 
 from hcx.artifacts import Input, artifact_input, is_complete, new_artifact, read_manifest
 from hcx.artifacts.manifest import write_atomically
+from hcx.compress.regularise import write_packed_model
 from hcx.config import dump_yaml
 from hcx.dist import init_process_group, process_environment, rehearsal, seed_everything
+from hcx.dist.rendezvous import leave_together
 from hcx.engine.base import Engine
 from hcx.engine.build import build_engine
 from hcx.errors import CheckpointError, ConfigError
@@ -23,10 +25,12 @@ from hcx.model.transforms import ModelTransform
 from hcx.model.weights import InitWeights, TensorWeights, WeightsProvider
 from hcx.obs import get_logger, make_sinks
 from hcx.recipe.adapt import adapter_transforms, export_adapter_run
+from hcx.recipe.attempts import FINISHED, START, endings_in_the_log, start_details
 from hcx.recipe.checks import check_recipe
 from hcx.recipe.convert import DTYPES
 from hcx.recipe.data import RunData, open_data
 from hcx.recipe.drop import dropbp_transforms
+from hcx.recipe.regularise import export_flexor, planes_of, regularise_transforms
 from hcx.recipe.train import ChatSection, TrainRecipe
 from hcx.tokenizer import Tokenizer
 from hcx.tokenizer.codec import TOKENIZER_JSON
@@ -39,6 +43,7 @@ from hcx.train import (
     latest_checkpoint,
     open_checkpoint,
 )
+from hcx.train.endings import one_ending
 
 log = get_logger(__name__)
 
@@ -59,8 +64,21 @@ def run_training(
 
     Raises:
         HcxError: something of the user's does not fit.
+        PeerLost: another process is gone; the run is resumable.
     """
     rank, world_size, _ = process_environment()
+    with one_ending(recipe.out, rank, world_size):
+        return _run_training(recipe, resume, stop, extra, rank, world_size)
+
+
+def _run_training(
+    recipe: TrainRecipe,
+    resume: str,
+    stop: Callable[[], str | None] | None,
+    extra: Sequence[ModelTransform],
+    rank: int,
+    world_size: int,
+) -> TrainResult:
     check_recipe(recipe, world_size)
     data = open_data(recipe)
     if recipe.model.vocab_size != data.vocab_size:
@@ -79,15 +97,23 @@ def run_training(
     inputs = list(data.inputs)
     if recipe.init_from is not None:
         inputs.append(artifact_input("model", recipe.init_from))
-    transforms = [*adapter_transforms(recipe), *extra, *dropbp_transforms(recipe)]
+    transforms = [
+        *adapter_transforms(recipe),
+        *regularise_transforms(recipe),
+        *extra,
+        *dropbp_transforms(recipe),
+    ]
     engine = build_engine(recipe.engine, recipe.model, recipe.optim, transforms, _weights(recipe), recipe.seed)
     sinks = []
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        start = start_details(out, world_size)
         write_atomically(out / "recipe.yaml", dump_yaml(recipe).encode())
         sinks = make_sinks(
             out, recipe.tracking, recipe.model_dump(mode="json"), resume_step=reader.step if reader else -1
         )
+        for sink in sinks:
+            sink.event(reader.step if reader else 0, START, start)
     dtype = DTYPES[recipe.engine.precision]
     trainer = Trainer(
         recipe.train,
@@ -109,18 +135,22 @@ def run_training(
         stages=() if isinstance(recipe.data, ChatSection) else recipe.stages,
     )
     try:
-        if reader is not None:
-            trainer.resume(reader)
-        result = trainer.run()
-        if result.finished and recipe.adapter is not None:
-            if rank == 0:
-                export_adapter_run(recipe, out, data, _final_checkpoint(out), inputs)
-        elif result.finished:
-            _export(recipe, engine, out, data, trainer, inputs, rank)
+        with endings_in_the_log(sinks, lambda: trainer.step), one_ending(out, rank, world_size):
+            if reader is not None:
+                trainer.resume(reader)
+            result = trainer.run()
+            if result.finished and recipe.adapter is not None:
+                if rank == 0:
+                    export_adapter_run(recipe, out, data, _final_checkpoint(out), inputs)
+            elif result.finished:
+                _export(recipe, engine, out, data, trainer, inputs, rank)
+        for sink in sinks if result.finished else ():
+            sink.event(result.step, FINISHED, {})
     finally:
         for sink in sinks:
             sink.close()
         engine.close()
+    leave_together(rank)
     return result
 
 
@@ -195,8 +225,15 @@ def _export(
             pass
         return
     made_from = [artifact_input("checkpoint", _final_checkpoint(out)), *inputs]
+    packed = planes_of(recipe, trainer.step)
     with new_artifact(out / "model", "model", recipe, made_from, overwrite=is_complete(out / "model")) as artifact:
-        export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, DTYPES[recipe.export.dtype])
+        dtype: torch.dtype = DTYPES[recipe.export.dtype]
+        if recipe.flexor is not None:
+            export_flexor(recipe, artifact.path, dict(tensors), data.tokenizer_of)
+        elif packed:
+            write_packed_model(artifact.path, recipe.final_model, tensors, packed, data.tokenizer_of, dtype)
+        else:
+            export_hf(artifact.path, recipe.final_model, tensors, data.tokenizer_of, dtype)
         data.write_tokenizer(artifact.path)
         artifact.counts = {
             "steps": trainer.step,

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hcx.compress.alphatuning import AlphaTuningConfig
+from hcx.compress.flexor import FlexorConfig
+from hcx.compress.regularise import RegulariseConfig
 from hcx.config import Config, apply_overrides, decode, resolve_extends
 from hcx.data.chat_rows import ChatSource
 from hcx.data.fim import FimConfig
@@ -72,6 +75,9 @@ class ChatSection(Config):
 AnyDataSection = Annotated[DataSection | ChatSection, Field(discriminator="kind")]
 
 
+AnyAdapter = Annotated[LoRAConfig | AlphaTuningConfig, Field(discriminator="kind")]
+
+
 class ValidationSection(Config):
     """How held-out text is scored."""
 
@@ -110,8 +116,13 @@ class TrainRecipe(Config):
     """The text, or conversations (`kind: chat`)."""
     objective: ObjectiveConfig | None = None
     """The loss; what suits the data if not given: `next_token` for text, `sft` for conversations."""
-    adapter: LoRAConfig | None = None
-    """Train a low-rank adapter on top of the frozen model of `init_from`; all weights if not given."""
+    adapter: AnyAdapter | None = None
+    """What is trained on top of the frozen model of `init_from`: low-rank updates (`kind: lora`), or the scales of its
+    binary-coded layers (`kind: alphatuning`); all weights if not given."""
+    regularise: RegulariseConfig | None = None
+    """Compress the masters every so many steps, so that the run ends in a compressed model; null: never."""
+    flexor: FlexorConfig | None = None
+    """Train the linear layers as keys of XOR networks, at a fraction of a bit per weight; null: as they are."""
     dropbp: DropBPConfig | None = None
     """Drop the backward of random sublayers while fine-tuning; null: none."""
     train: TrainerConfig
@@ -171,6 +182,9 @@ def load_train_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainR
     data = values.get("data")
     if isinstance(data, Mapping) and "kind" not in data:
         values = {**values, "data": {"kind": "shards", **data}}
+    adapter = values.get("adapter")
+    if isinstance(adapter, Mapping) and "kind" not in adapter:
+        values = {**values, "adapter": {"kind": "lora", **adapter}}
     if "model" not in values and isinstance(values.get("init_from"), str):
         with ModelFiles(values["init_from"]) as files:
             values = {**values, "model": files.config.model_dump()}

@@ -22,13 +22,15 @@ def plot_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     measured at several batches.
 
     Args:
-        rows: mappings from column to text or number; one thread and weights from memory are used.
+        rows: mappings from column to text or number. Used are those with weights from memory of the device that was
+            measured last; on a CPU those of one thread.
         path: of the file.
 
     Raises:
         DataError: no row can be drawn.
     """
-    used = [row for row in rows if int(row["threads"]) == 1 and row["weights"] == "memory"]
+    device = rows[-1]["device"] if rows else ""
+    used = [row for row in rows if row["device"] == device and int(row["threads"]) <= 1 and row["weights"] == "memory"]
     shapes = [(int(row["out"]), int(row["in"])) for row in used]
     if not shapes:
         raise DataError("no row has one thread and weights from memory: nothing to draw")
@@ -54,7 +56,8 @@ def plot_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.barh(names, [fraction(row) for row in single], color=[OURS if _is_ours(row) else PEER for row in single])
         left.axvline(1, color="black", linewidth=0.8)
         left.set_xlabel("fraction of the memory bound of its own bytes")
-        left.set_title(f"{shape[0]} x {shape[1]}, batch 1, one thread", loc="left")
+        left.set_title(f"{shape[0]} x {shape[1]}, batch 1, {device}", loc="left")
+        ends: list[tuple[str, int, float]] = []
         for name in sorted({_name(row) for row in used}):
             own = sorted((row for row in used if _name(row) == name), key=lambda row: int(row["batch"]))
             if len({row["batch"] for row in own}) < 2:
@@ -62,14 +65,25 @@ def plot_kernels(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             color = OURS if _is_ours(own[0]) else PEER
             batches = [int(row["batch"]) for row in own]
             right.plot(batches, [rate(row) for row in own], "o-", color=color, markersize=4)
-            right.annotate(name, (batches[-1], rate(own[-1])), (4, 0), textcoords="offset points", fontsize=7)
+            ends.append((name, batches[-1], rate(own[-1])))
         right.set_xscale("log", base=2)
         right.set_yscale("log")
+        for (name, batch, end), place in zip(ends, apart([end for *_, end in ends]), strict=True):
+            right.annotate(name, (batch, end), (batch * 1.15, place), fontsize=7, va="center")
         right.set_xlabel("batch")
         right.set_title("billions of weight x activation per second", loc="left")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def apart(values: Sequence[float], factor: float = 1.11) -> list[float]:
+    """Places for labels on a logarithmic axis: in their points' order, each at least `factor` above the last."""
+    places = [0.0] * len(values)
+    lowest = 0.0
+    for number in sorted(range(len(values)), key=lambda number: values[number]):
+        places[number] = lowest = max(values[number], lowest * factor)
+    return places
 
 
 def _rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
@@ -79,7 +93,7 @@ def _rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _is_ours(row: Mapping[str, Any]) -> bool:
-    return str(row["kernel"]).startswith(("cpu-", "biqgemm"))
+    return str(row["kernel"]).startswith(("cpu-", "biqgemm", "triton", "lut"))
 
 
 def _name(row: Mapping[str, Any]) -> str:

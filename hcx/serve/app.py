@@ -66,13 +66,25 @@ class Service:
         self.worker = ModelWorker(self.generator, config.max_queue, self.metrics)
         self.started = int(time.time())
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 unless a call names the served model, by its name or its directory's."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that calls may give: the model's, then those of its tasks, in the order of their numbers."""
+        return (self.config.model_name, *self.loaded.tasks)
+
+    def task(self, name: str | None) -> int:
+        """The number of the task that a call names; 0: the model itself, by its name or its directory's.
+
+        Raises:
+            ApiError: 404, nothing of that name is served.
+        """
+        if name in self.loaded.tasks:
+            return 1 + self.loaded.tasks.index(name)
         names = {self.config.model_name, self.loaded.directory.resolve().name, self.loaded.directory.name}
         if name is not None and name != self.config.model_name and name.rstrip("/").rpartition("/")[2] not in names:
             raise ApiError(
-                404, f"model {name!r} is not served here; valid: {self.config.model_name}", "model", "model_not_found"
+                404, f"model {name!r} is not served here; valid: {', '.join(self.names)}", "model", "model_not_found"
             )
+        return 0
 
     def params(self, call: Common, prompt: Sequence[int], default: int | None, **values: Any) -> SamplingParams:
         """Sampling parameters of a call for a prompt, checked against the caps."""
@@ -115,17 +127,18 @@ class Service:
     def submit(self, call: Common, prompts: Sequence[tuple[Sequence[int], SamplingParams]], **known: Any) -> Call:
         """Queues `n` choices for each prompt."""
         requests = []
+        task = self.task(call.model)
         for prompt, params in prompts:
             for number in range(call.n):
                 seed = None if params.seed is None else params.seed + number
-                requests.append(self.generator.request(prompt, replace(params, seed=seed)))
+                requests.append(self.generator.request(prompt, replace(params, seed=seed), task))
         job = self.worker.submit(requests)
         count = sum(len(prompt) for prompt, _ in prompts)
         self.metrics.prompt_tokens.inc(count)
         texts = known.pop("prompt_texts")
         return Call(
             job=job,
-            model=self.config.model_name,
+            model=self.names[task],
             detokenizer=self.detokenizer,
             prompt_texts=None if texts is None else [text for text in texts for _ in range(call.n)],
             prompt_tokens=count,
@@ -227,11 +240,11 @@ def create_app(loaded: LoadedModel, config: ServeConfig, api_keys: Sequence[str]
             result: CompletionAnswer | ChatAnswer
             if endpoint == "completions":
                 request = parse(CompletionRequest, body)
-                service.check_model(request.model)
+                service.task(request.model)
                 result = CompletionAnswer(await completion_call(service, request))
             else:
                 chat = parse(ChatRequest, body)
-                service.check_model(chat.model)
+                service.task(chat.model)
                 result = ChatAnswer(await chat_call(service, chat))
                 request = chat  # type: ignore[assignment]
             close = result.call.job.close
@@ -280,21 +293,21 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model()]}
+        return {"object": "list", "data": [model(number) for number in range(len(service.names))]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return model()
+        return model(service.task(name))
 
-    def model() -> dict[str, Any]:
+    def model(number: int) -> dict[str, Any]:
         described = describe_model(service.loaded, service.max_seq)
         return {
-            "id": service.config.model_name,
+            "id": service.names[number],
             "object": "model",
             "created": service.started,
             "owned_by": "hcx",
             **described,
+            **({"parent": service.config.model_name} if number else {}),
         }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hcx.errors import DataError, MissingExtra, did_you_mean
 from hcx.tokenizer.alphabet import BYTE_OF, to_bytes
-from hcx.tokenizer.patterns import PATTERNS
+from hcx.tokenizer.gguf_import import byte_level_bpe
 
 Reading = tuple[int, Callable[[str], Sequence[int]], Callable[[int], bytes]]
 
@@ -101,23 +101,7 @@ def read_gguf(path: Path) -> Reading:
 
 
 def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Reading:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    by_name: dict[str, tuple[list[Any], bool]] = {
-        pattern.llama_cpp: ([pre_tokenizers.Split(Regex(pattern.regex), "isolated"), byte_level], pattern.ignore_merges)
-        for pattern in PATTERNS.values()
-    }
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    by_name["gpt-2"] = ([gpt2], False)
-    by_name["smollm"] = ([pre_tokenizers.Digits(individual_digits=True), gpt2], False)
-    if pre not in by_name:
-        raise DataError(f"{path}: tokenizer.ggml.pre = {pre!r}: {did_you_mean(pre, by_name)}")
-    steps, ignore_merges = by_name[pre]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=ignore_merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend = byte_level_bpe(tokens, merges, pre, str(path))
 
     def token_bytes(number: int) -> bytes:
         token = tokens[number]

@@ -191,6 +191,7 @@ class Trainer:
                     reason = self._agree(request.reason or (self._stop() if self._stop else None))
                     if reason is not None:
                         log.warning("stopping at step %d because of %s; run again to resume", self.step, reason)
+                        self._event(self.step, "stopped", {"reason": reason})
                         self._save(for_good=True)
                         return TrainResult(self.step, False, last, self.tokens, time.monotonic() - start)
                     rewound = self._train_step(steps)

@@ -35,7 +35,8 @@ typedef enum {
     HCX_DIFFERENT_INPUTS = 9,
     HCX_BAD_METHOD = 10,
     HCX_BAD_ISA = 11,
-    HCX_NO_MEMORY = 12
+    HCX_NO_MEMORY = 12,
+    HCX_BAD_STREAM = 13
 } hcx_status;
 
 typedef enum { HCX_FP16 = 0, HCX_BF16 = 1, HCX_FP32 = 2 } hcx_dtype;
@@ -109,6 +110,36 @@ HCX_API int32_t hcx_biqgemm_matmul(const void* packed, int64_t packed_bytes, con
                                    int64_t batch, float* y, int64_t y_stride, int32_t threads);
 /* All 256 signed sums of 8 inputs; entry k has +x[t] where bit t of k is set (paper, section 3.2). */
 HCX_API int32_t hcx_biqgemm_table(const float* x, float* table);
+
+/* Codes that XOR gates expand: y_t = M_0 x_t + M_1 x_(t-1) + ... + M_(n_s) x_(t-n_s) over GF(2), words before the
+ * beginning of a segment zero (fixed-to-fixed, Park et al. 2022, section 3; FleXOR, Lee et al. 2020, is n_s = 0).
+ * FORMAT.md specifies codes, network and corrections. */
+typedef struct {
+    int64_t bits;    /* of the decoded stream; the last block may be cut short */
+    int64_t segment; /* blocks between resets of the registers; 0: no reset */
+    int32_t n_in;    /* bits of a code word, 1 to 16 */
+    int32_t n_out;   /* bits of a block, 1 to 256 */
+    int32_t n_s;     /* registers, 0 to 3 */
+    int32_t reserved; /* 0 */
+} hcx_gf2_shape;
+
+/* network: rows of M_0, M_1, ..., each row ceil(n_in / 8) bytes. codes: ceil(n_in * blocks / 8) bytes. out: ceil(bits / 8)
+ * bytes, unused bits zero. */
+HCX_API int32_t hcx_gf2_decode(const hcx_gf2_shape* shape, const uint8_t* network, int64_t network_bytes,
+                               const uint8_t* codes, int64_t codes_bytes, uint8_t* out, int64_t out_bytes,
+                               int32_t threads);
+/* Flips the listed bits of a decoded stream. A list that is cut short, out of order or out of range is refused, and the
+ * stream is then to be thrown away. */
+HCX_API int32_t hcx_gf2_correct(const hcx_gf2_shape* shape, const uint8_t* corrections, int64_t corrections_bytes,
+                                uint8_t* stream, int64_t stream_bytes);
+/* The code words with the fewest wrong bits among those with mask 1: the exact optimum of every segment, and of equal
+ * ones the one that a brute-force Viterbi search with smallest indices first finds. target, mask: ceil(bits / 8) bytes.
+ * With registers n_in is at most 12, and n_in * n_s at most 16. */
+HCX_API int32_t hcx_gf2_encode(const hcx_gf2_shape* shape, const uint8_t* network, int64_t network_bytes,
+                               const uint8_t* target, const uint8_t* mask, int64_t stream_bytes, uint8_t* codes,
+                               int64_t codes_bytes, int64_t* errors, int32_t isa, int32_t threads);
+/* Bits [rows, 8 row_bytes] -> [8 row_bytes, 8 ceil(rows / 8)], padded with zeros. */
+HCX_API int32_t hcx_bit_transpose(const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to, int64_t to_bytes);
 
 /* Reads memory as fast as the CPU can: the floor that benchmarks compare with. */
 HCX_API int32_t hcx_read(const void* data, int64_t bytes, int32_t threads, uint64_t* xor_of_words);

@@ -175,6 +175,7 @@ const char* hcx_status_text(int32_t status) {
         case HCX_BAD_METHOD: return "no such method";
         case HCX_BAD_ISA: return "no such instruction set";
         case HCX_NO_MEMORY: return "out of memory";
+        case HCX_BAD_STREAM: return "the encoded stream is damaged or cut short";
         default: return "unknown status";
     }
 }

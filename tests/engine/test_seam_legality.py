@@ -78,7 +78,9 @@ def test_every_broken_rule_is_reported_at_once() -> None:
     engine = MegatronEngineConfig(tensor_parallel=5, pipeline_parallel=5, missing_gradients="skip")
     with pytest.raises(ConfigError) as caught:
         require_legal(engine, MODEL, 25)
-    assert len(str(caught.value).splitlines()) == 6
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    assert lines[-1].startswith("nearest legal layout on 25 processes: ")
 
 
 @pytest.mark.parametrize(("number", "wanted", "nearest"), [(6, 4, 3), (12, 5, 4), (8, 6, 4), (7, 3, 1), (4, 100, 4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from hcx.cli.main import main
 from hcx.errors import KernelError
 from hcx.kernels import native, peers
 from hcx.kernels.bench import KernelCase, cases, check_peers, measure
+from hcx.report.kernel_plot import apart, plot_kernels
 
 pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 
@@ -91,3 +93,56 @@ def test_a_ggml_library_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch,
         list(peers.ggml_contenders(KernelCase(64, 128, 1, 1), torch.ones(1, 128), 1))
     with pytest.raises(KernelError, match="peer 'x' does not exist; valid: ggml"):
         check_peers(["x"], ["ggml"])
+
+
+def test_labels_of_equal_contenders_do_not_lie_on_each_other() -> None:
+    places = apart([50.0, 10.0, 50.0, 51.0], factor=1.1)
+    assert places[1] == 10.0
+    ordered = sorted(places)
+    assert all(above >= below * 1.1 * (1 - 1e-12) for below, above in itertools.pairwise(ordered))
+    assert places[3] == max(places)
+
+
+def test_a_gpu_comparison_without_a_gpu_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "kernels", "--quick", "--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "kernels cannot be timed on a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: valid are cpu and cuda"),
+        (["--device", "cuda", "--threads", "2"], "are of --device cpu"),
+        (["--shape", "64x100"], "a multiple of 128"),
+        (["--shape", "wide"], "expected OUTxIN"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "kernels", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_of_a_gpu_can_be_drawn(tmp_path: Path) -> None:
+    common = {"device": "some GPU", "out": 4096, "in": 4096, "threads": 0, "weights": "memory"}
+    rows = [
+        {**common, "kernel": name, "bits": bits, "batch": batch, "us_p2": us, "size_bytes": size, "floor_us_p2": floor}
+        for name, bits, us, size, floor in (
+            ("triton", 3, 4.0, 6_500_000, 2.5),
+            ("cublas-bf16", 16, 12.0, 33_554_432, 9),
+        )
+        for batch in (1, 8)
+    ]
+    older = {**rows[0], "device": "a processor", "threads": 1, "kernel": "cpu-fast"}
+    plot_kernels([older, *rows], tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert "triton, 3 bits" in text
+    assert "some GPU" in text
+    assert "cpu-fast" not in text

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hcx.errors import CheckpointError
 from hcx.kernels import PackedWeight, Spec, select
-from hcx.kernels.format import SCALE_DTYPES, VERSION
+from hcx.kernels.format import VERSION
+from hcx.kernels.storage import stored_tensors
 
 METHOD = "bcq"
 _TARGET = "transformers.quantizers.auto"
@@ -32,19 +33,11 @@ class BCQWeight(nn.Module):
         entry: the module's entry in `quantization_config.modules`.
     """
 
-    planes: Tensor
-    scales: Tensor
-
     def __init__(self, entry: Mapping[str, Any]) -> None:
         super().__init__()
         self.entry = dict(entry)
-        bits, rows, columns = int(entry["bits"]), int(entry["out_features"]), int(entry["in_features"])
-        groups = -(-columns // int(entry["group_size"]))
-        dtype = next(dtype for dtype, name in SCALE_DTYPES.items() if name == entry["scale_dtype"])
-        self.register_buffer("planes", torch.empty(bits, rows, -(-columns // 8), dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(bits, rows, groups, dtype=dtype))
-        if entry.get("offset"):
-            self.register_buffer("offset", torch.empty(rows, groups, dtype=torch.float32))
+        for name, (shape, dtype) in stored_tensors(entry).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     def packed(self) -> PackedWeight:
         """The weight."""

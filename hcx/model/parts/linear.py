@@ -36,11 +36,15 @@ class LinearPart(nn.Module):
         rows = self.blocks[-1].rows[1]
         self.source = DenseSource(parts.parameter(rows, self.blocks[0].in_features), self.blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[seq, batch, in]` -> `[seq, batch, out]`, of this rank."""
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """`[seq, batch, in]` -> `[seq, batch, out]`, of this rank; `adapter_ids` `[batch]` as in `ForwardMeta`."""
         if self.split == "column":
-            return self.source(self.parts.enter_column(x))
-        return self.parts.exit_row(self.source(x))
+            return self._multiply(self.parts.enter_column(x), adapter_ids)
+        return self.parts.exit_row(self._multiply(x, adapter_ids))
+
+    def _multiply(self, x: Tensor, adapter_ids: Tensor | None) -> Tensor:
+        result: Tensor = self.source(x) if adapter_ids is None else self.source.routed(x, adapter_ids)
+        return result
 
     def replace_source(self, source: WeightSource) -> None:
         """Puts another source in place; its parameters replace the old one's."""

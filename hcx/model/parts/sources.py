@@ -5,10 +5,10 @@ So quantized and adapted layers keep their tensor parallelism: the part around t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,11 @@ class WeightSource(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., local in]` -> `[..., local out]`."""
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def routed(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """`forward` of `[seq, batch, in]`, where row `i` of the batch belongs to task `adapter_ids[i]`, 0 for none."""
+        result: Tensor = self(x)  # the same for every task
+        return result
 
     def canonical(self) -> ParameterMap:
         """Canonical slices of every parameter, by local name."""
@@ -242,6 +247,11 @@ class SplitSource(WeightSource):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([source(x) for source in self.sources.values()], dim=-1)
+
+    def routed(self, x: Tensor, adapter_ids: Tensor) -> Tensor:
+        """See `WeightSource.routed`."""
+        sources = cast("Iterable[WeightSource]", self.sources.values())
+        return torch.cat([source.routed(x, adapter_ids) for source in sources], dim=-1)
 
     def canonical(self) -> ParameterMap:
         return {
