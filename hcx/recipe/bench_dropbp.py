@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hcx.data.batch import MicroBatch
 from hcx.dist import Topology
-from hcx.dropbp import MaskSchedule, StepCosts
+from hcx.dropbp import MaskSchedule, StepCosts, Trained
 from hcx.dropbp.masks import Mask, Rule
 from hcx.model.adapters import LoRA, LoRAConfig
 from hcx.model.config import ModelConfig
@@ -68,6 +68,11 @@ class DropCase:
     def adapter(self) -> LoRAConfig | None:
         """The updates that are trained, if not all weights are."""
         return ADAPTER if self.training == "lora" else None
+
+    @property
+    def trained(self) -> Trained:
+        """What gets gradients."""
+        return Trained() if self.adapter is None else Trained.updates(self.adapter, self.model)
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class _Bench:
         trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         self.schedule = MaskSchedule(1, (case.rate,) * case.model.num_sublayers, case.rate, case.rule)
-        self.costs = StepCosts(case.model, case.seq_len, case.adapter, case.checkpointing)
+        self.costs = StepCosts(case.model, case.seq_len, case.trained, case.checkpointing)
         self.objective = NextToken()
 
     def batch(self, number: int) -> MicroBatch:
