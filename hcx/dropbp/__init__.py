@@ -1,6 +1,6 @@
 """Dropping the backward of residual sublayers while fine-tuning (DropBP, Woo et al. 2024, arXiv 2402.17812)."""
 
-from hcx.dropbp.accounting import Saving, StepCosts
+from hcx.dropbp.accounting import Saving, StepCosts, Trained
 from hcx.dropbp.allocation import allocate
 from hcx.dropbp.branches import SwitchedBranches, switched
 from hcx.dropbp.config import DropBPConfig
@@ -16,6 +16,7 @@ __all__ = [
     "Saving",
     "StepCosts",
     "SwitchedBranches",
+    "Trained",
     "allocate",
     "measure_sensitivity",
     "switched",

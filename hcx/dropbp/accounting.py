@@ -18,19 +18,45 @@ from hcx.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What gets gradients: everything, or parts of a frozen model.
+
+    Attributes:
+        everything: all weights; the other fields then say nothing.
+        matrices: module paths whose matrix gets a gradient, or something that is a sum over that gradient (scales of
+            binary codes).
+        low_rank: module paths with low-rank updates.
+        rank: of the updates.
+    """
+
+    everything: bool = True
+    matrices: frozenset[str] = frozenset()
+    low_rank: frozenset[str] = frozenset()
+    rank: int = 0
+
+    @classmethod
+    def updates(cls, adapter: LoRAConfig, model: ModelConfig) -> Trained:
+        """Low-rank updates on a frozen base."""
+        return cls(everything=False, low_rank=target_stems(adapter.targets, model), rank=adapter.rank)
+
+
+EVERYTHING = Trained()
+
+
+@dataclass(frozen=True)
 class _Product:
     """Linear maps that read the same input: a base, and low-rank updates `(in, rank)` then `(rank, out)`.
 
     Attributes:
         base: operations of the base, forward.
+        base_trained: of those of its matrices that get a gradient.
         down, up: of the updates' two factors.
-        base_trained: whether the base gets a gradient.
     """
 
     base: int
+    base_trained: int
     down: int = 0
     up: int = 0
-    base_trained: bool = True
 
     @property
     def forward(self) -> int:
@@ -38,11 +64,11 @@ class _Product:
 
     @property
     def is_trained(self) -> bool:
-        return self.base_trained or self.down > 0
+        return self.base_trained > 0 or self.down > 0
 
     def backward(self, input_needs_gradient: bool) -> int:
         # Of the factors: both weights, and always the gradient between them.
-        weights = (self.base if self.base_trained else 0) + self.down + 2 * self.up
+        weights = self.base_trained + self.down + 2 * self.up
         return weights + (self.base + self.down if input_needs_gradient else 0)
 
 
@@ -125,7 +151,7 @@ class StepCosts:
     Args:
         model: the decoder.
         seq_len: tokens per row.
-        adapter: low-rank updates on a frozen base; None: everything is trained.
+        trained: what gets gradients.
         checkpointing: kept sublayers are computed again.
         attended: share of all query-key pairs that attention computes: 0.5 for causal kernels, 1 for those that
             compute masked pairs too.
@@ -135,19 +161,14 @@ class StepCosts:
         self,
         model: ModelConfig,
         seq_len: int,
-        adapter: LoRAConfig | None = None,
+        trained: Trained = EVERYTHING,
         checkpointing: bool = False,
         attended: float = 0.5,
     ) -> None:
         self.checkpointing = checkpointing
-        self._trains_all = adapter is None
+        self._trains_all = trained.everything
         self._head = 2 * model.hidden_size * model.vocab_size
-        stems = frozenset[str]() if adapter is None else target_stems(adapter.targets, model)
-        rank = 0 if adapter is None else adapter.rank
-        self.sublayers = tuple(
-            _cost(model, index, seq_len, attended, None if adapter is None else stems, rank)
-            for index in range(model.num_sublayers)
-        )
+        self.sublayers = tuple(_cost(model, index, seq_len, attended, trained) for index in range(model.num_sublayers))
         self.forward = sum(cost.forward for cost in self.sublayers) + self._head
         nothing = (False,) * len(self.sublayers)
         self.backward_whole, self._stored_whole = self.backward(nothing), self.stored(nothing)
@@ -191,20 +212,22 @@ class StepCosts:
         )
 
 
-def _cost(
-    model: ModelConfig, index: int, seq_len: int, attended: float, stems: frozenset[str] | None, rank: int
-) -> SublayerCost:
+def _cost(model: ModelConfig, index: int, seq_len: int, attended: float, trained: Trained) -> SublayerCost:
     hidden, dim, inner = model.hidden_size, model.head_size, model.intermediate_size
     query, key = model.num_heads * dim, model.kv_heads * dim
-    layer = f"model.layers.{index // 2}"
+    layer, rank = f"model.layers.{index // 2}", trained.rank
 
     def product(entries: dict[str, tuple[int, int]]) -> _Product:
-        base = sum(2 * out * in_ for out, in_ in entries.values())
-        if stems is None:
-            return _Product(base)
-        chosen = [shape for stem, shape in entries.items() if f"{layer}.{stem}" in stems]
+        operations = {f"{layer}.{stem}": 2 * out * in_ for stem, (out, in_) in entries.items()}
+        base = sum(operations.values())
+        if trained.everything:
+            return _Product(base, base)
+        updated = [shape for stem, shape in entries.items() if f"{layer}.{stem}" in trained.low_rank]
         return _Product(
-            base, sum(2 * in_ * rank for _, in_ in chosen), sum(2 * out * rank for out, _ in chosen), base_trained=False
+            base,
+            sum(count for stem, count in operations.items() if stem in trained.matrices),
+            sum(2 * in_ * rank for _, in_ in updated),
+            sum(2 * out * rank for out, _ in updated),
         )
 
     if index % 2 == 0:
@@ -224,4 +247,4 @@ def _cost(
     # A norm keeps its input and one number; a trained product the norm's output and its low-rank values.
     stored += norms * (hidden + 1) + (hidden if entry.is_trained else 0)
     stored += (entry.down // (2 * hidden)) + (exit_.up // (2 * hidden))
-    return SublayerCost(entry, core, exit_, stems is None, model.use_post_norm, stored, hidden)
+    return SublayerCost(entry, core, exit_, trained.everything, model.use_post_norm, stored, hidden)

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from hcx.dropbp.accounting import Saving, StepCosts
+from hcx.dropbp.accounting import EVERYTHING, Saving, StepCosts, Trained
 from hcx.dropbp.allocation import allocate, usable
 from hcx.dropbp.branches import SwitchedBranches
 from hcx.dropbp.config import DropBPConfig
 from hcx.dropbp.masks import Mask, MaskSchedule
 from hcx.dropbp.sensitivity import measure_sensitivity
 from hcx.errors import CheckpointError, ConfigError
-from hcx.model.adapters import LoRAConfig
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
@@ -36,7 +35,7 @@ class DropBP(ModelTransform):
         steps: of the whole run, for the place of the probe.
         seed: of the masks.
         stages: pipeline stages, where `config.stages` leaves them open.
-        adapter: what is trained on a frozen base, for the accounting; None: everything.
+        trained: what gets gradients, for the accounting.
         checkpointing: kept sublayers are computed again in the backward, for the accounting.
 
     Put it after every transform that changes sublayers. On our decoder the mask travels in `ForwardMeta`; a foreign
@@ -51,12 +50,12 @@ class DropBP(ModelTransform):
         steps: int,
         seed: int,
         stages: int = 1,
-        adapter: LoRAConfig | None = None,
+        trained: Trained = EVERYTHING,
         checkpointing: bool = False,
     ) -> None:
         self.config, self._model, self._seed = config, model, seed
         self._stages = config.stages or stages
-        self._adapter, self._checkpointing = adapter, checkpointing
+        self._trained, self._checkpointing = trained, checkpointing
         self._probe_step = None if config.allocation == "uniform" else int(config.probe_at * steps)
         self._probed = False
         self.sensitivity: tuple[float, ...] = ()
@@ -174,7 +173,7 @@ class DropBP(ModelTransform):
     def costs(self, seq_len: int) -> StepCosts:
         """Operations and stored activations at a sequence length."""
         if seq_len not in self._costs:
-            self._costs[seq_len] = StepCosts(self._model, seq_len, self._adapter, self._checkpointing)
+            self._costs[seq_len] = StepCosts(self._model, seq_len, self._trained, self._checkpointing)
         return self._costs[seq_len]
 
     def saving(self) -> Saving | None:

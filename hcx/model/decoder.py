@@ -206,15 +206,17 @@ class Decoder(nn.Module):
     def _branch(self, sublayer: Sublayer, hidden: Tensor, meta: ForwardMeta, rotary: Rotary) -> Tensor:
         # DropBP (Woo et al. 2024): the forward is always whole; a dropped branch is a constant to the backward. Without
         # a graph nothing of it is stored and nothing is recomputed, so it is never put under checkpointing.
-        if meta.dropbp_mask is not None and meta.dropbp_mask[sublayer.index]:
-            if self.drop_mechanism == "detach":  # the authors': the graph is built, and freed when the branch returns
-                return sublayer(hidden, meta, rotary).detach()
+        dropped = meta.dropbp_mask is not None and meta.dropbp_mask[sublayer.index]
+        if dropped and self.drop_mechanism == "no_grad":
             with torch.no_grad():
                 return sublayer(hidden, meta, rotary)
+        branch: Tensor
         if self.activation_checkpointing and torch.is_grad_enabled():
-            result: Tensor = checkpoint(sublayer, hidden, meta, rotary, use_reentrant=False)
-            return result
-        return sublayer(hidden, meta, rotary)
+            branch = checkpoint(sublayer, hidden, meta, rotary, use_reentrant=False)
+        else:
+            branch = sublayer(hidden, meta, rotary)
+        # The published mechanism: the graph of a dropped branch is built, and freed here.
+        return branch.detach() if dropped else branch
 
     def output(self, hidden: Tensor) -> Output:
         """The output of the last stage's hidden states."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hcx.data.batch import MicroBatch
 from hcx.dist import Topology
-from hcx.dropbp import MaskSchedule, StepCosts
+from hcx.dropbp import MaskSchedule, StepCosts, Trained
 from hcx.dropbp.masks import Mask, Rule
 from hcx.model.adapters import LoRA, LoRAConfig
 from hcx.model.config import ModelConfig
@@ -69,10 +69,17 @@ class DropCase:
         """The updates that are trained, if not all weights are."""
         return ADAPTER if self.training == "lora" else None
 
+    @property
+    def trained(self) -> Trained:
+        """What gets gradients."""
+        return Trained() if self.adapter is None else Trained.updates(self.adapter, self.model)
+
 
 @dataclass(frozen=True)
 class DropRow:
     """The outcome of a case. Ratios are to the step that drops nothing; `total` is forward and backward.
+
+    `stored` is the peak of what autograd keeps in the forward, without the output matrix and the loss.
 
     `inside` tells whether backward, total and stored activations lie in the bands above. `over_published` is the time
     of forward and backward of ours over that of the published mechanism: 1 or less is at least as fast.
@@ -211,7 +218,7 @@ class _Bench:
         trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         self.schedule = MaskSchedule(1, (case.rate,) * case.model.num_sublayers, case.rate, case.rule)
-        self.costs = StepCosts(case.model, case.seq_len, case.adapter, case.checkpointing)
+        self.costs = StepCosts(case.model, case.seq_len, case.trained, case.checkpointing)
         self.objective = NextToken()
 
     def batch(self, number: int) -> MicroBatch:
@@ -248,12 +255,12 @@ class _Bench:
         return time.perf_counter()
 
     def stored(self, batch: MicroBatch, mask: Mask | None, published: bool) -> int:
-        """Bytes of stored activations at their peak in one forward."""
+        """Bytes of stored activations at their peak in one forward, without the output matrix and the loss."""
         counter = StoredBytes(self.decoder)
+        self.decoder.drop_mechanism = "detach" if published else "no_grad"
         with counter.watch():
-            loss = self.forward(batch, mask, published)
-        del loss
-        gc.collect()
+            hidden = self.decoder(batch.tokens, ForwardMeta(batch.positions, dropbp_mask=mask))
+        del hidden
         return counter.peak
 
     def memory(self, batch: MicroBatch, mask: Mask | None) -> int:

@@ -17,13 +17,13 @@ from typing import Any, cast
 from torch import nn
 
 from hcx.artifacts import is_complete
-from hcx.dropbp import DropBPConfig, MaskSchedule, StepCosts
+from hcx.dropbp import DropBPConfig, MaskSchedule, StepCosts, Trained
 from hcx.errors import ConfigError, DataError, did_you_mean
-from hcx.model.adapters import LoRAConfig
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder, Sublayer
 from hcx.model.transforms import ModelTransform, TransformContext
 from hcx.obs import get_logger, read_jsonl
+from hcx.recipe.drop import trained_parts
 from hcx.recipe.run import run_training
 from hcx.recipe.train import TrainRecipe
 
@@ -103,12 +103,12 @@ class FrozenLowest(ModelTransform):
                 sublayer.requires_grad_(False)
 
 
-def frozen_sublayers(model: ModelConfig, seq_len: int, adapter: LoRAConfig | None, rate: float = FREEZE_RATE) -> int:
+def frozen_sublayers(model: ModelConfig, seq_len: int, trained: Trained, rate: float = FREEZE_RATE) -> int:
     """How many of the lowest sublayers to freeze so that the backward costs what it costs, on average, at a drop rate.
 
     Head and its gradients are left out on both sides: they differ by whether it is tied.
     """
-    costs = StepCosts(model, seq_len, adapter)
+    costs = StepCosts(model, seq_len, trained)
     schedule = MaskSchedule(0, (rate,) * model.num_sublayers, rate)
     weights = costs.weights()
     wanted = statistics.mean(
@@ -144,7 +144,7 @@ def run_arms(recipe: TrainRecipe, arms: Sequence[str], seeds: int, out: Path) ->
                 log.info("arm %s, seed %d", arm, seed)
                 extra: list[ModelTransform] = []
                 if arm == FREEZE:
-                    extra = [FrozenLowest(frozen_sublayers(recipe.model, recipe.data.seq_len, recipe.adapter))]
+                    extra = [FrozenLowest(frozen_sublayers(recipe.model, recipe.data.seq_len, trained_parts(recipe)))]
                 changes = {"out": str(directory), "seed": seed, "dropbp": ARMS[arm], "name": f"{recipe.name}-{arm}"}
                 run_training(recipe.model_copy(update=changes), extra=extra)
             points += read_points(directory, arm, seed)

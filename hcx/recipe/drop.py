@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from hcx.dropbp import DropBP
+from hcx.compress.alphatuning import tuned_stems
+from hcx.dropbp import DropBP, Trained
 from hcx.engine.config import MegatronEngineConfig
 from hcx.model.adapters import LoRAConfig
+from hcx.model.load import ModelFiles
 from hcx.model.transforms import ModelTransform
 from hcx.recipe.train import TrainRecipe
+
+
+def trained_parts(recipe: TrainRecipe) -> Trained:
+    """What a run gives gradients to.
+
+    Raises:
+        HcxError: the base of an adapter cannot be read, or does not have what the adapter trains.
+    """
+    if recipe.adapter is None or recipe.init_from is None:
+        return Trained()
+    if isinstance(recipe.adapter, LoRAConfig):
+        return Trained.updates(recipe.adapter, recipe.model)
+    with ModelFiles(recipe.init_from) as files:
+        # The gradient of scales is a sum over that of their matrix, which has to be computed: it costs as much.
+        return Trained(everything=False, matrices=frozenset(tuned_stems(recipe.adapter, files)))
 
 
 def dropbp_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
@@ -20,8 +37,7 @@ def dropbp_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
             steps=recipe.train.steps,
             seed=recipe.seed,
             stages=recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1,
-            # The gradient of scales is a sum over that of the weight, which has to be computed: it costs as much.
-            adapter=recipe.adapter if isinstance(recipe.adapter, LoRAConfig) else None,
+            trained=trained_parts(recipe),
             checkpointing=recipe.engine.activation_checkpointing,
         )
     ]

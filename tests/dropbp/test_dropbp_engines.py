@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hcx.data.batch import MicroBatch
 from hcx.dist import rehearsal
-from hcx.dropbp import DropBP, DropBPConfig
+from hcx.dropbp import DropBP, DropBPConfig, Trained
 from hcx.engine.base import StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
@@ -94,7 +94,8 @@ def course(case: Case, replicas: int = 1) -> Course:
     config = DropBPConfig(
         rate=case.rate, stages=STAGES, allocation="sensitivity" if case.probe else "uniform", probe_at=0.5
     )
-    dropbp = OfReplicas(config, MODEL, steps=case.steps, seed=6, adapter=case.adapter)
+    trained = Trained() if case.adapter is None else Trained.updates(case.adapter, MODEL)
+    dropbp = OfReplicas(config, MODEL, steps=case.steps, seed=6, trained=trained)
     dropbp.replicas = replicas
     transforms: list[ModelTransform] = [dropbp]
     if case.adapter is not None:

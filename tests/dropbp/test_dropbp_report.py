@@ -10,7 +10,7 @@ import pytest
 
 from hcx.cli.main import main
 from hcx.data import ShardSet
-from hcx.dropbp import StepCosts
+from hcx.dropbp import StepCosts, Trained
 from hcx.errors import ConfigError
 from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
@@ -152,7 +152,7 @@ def test_every_arm_of_the_quality_benchmark_runs_once_and_is_summarised(
 
 def test_the_frozen_arm_costs_the_backward_of_its_drop_rate() -> None:
     model = tiny_config(num_layers=16)
-    count = frozen_sublayers(model, 64, None)
+    count = frozen_sublayers(model, 64, Trained())
     costs = StepCosts(model, 64)
     weights = costs.weights()
     kept = costs.sublayers[count].backward(False) + sum(weights[count + 1 :])

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hcx.dist import Topology
-from hcx.dropbp import DropBP, DropBPConfig, StepCosts, SwitchedBranches, switched
+from hcx.dropbp import DropBP, DropBPConfig, StepCosts, SwitchedBranches, Trained, switched
 from hcx.dropbp.masks import Mask
 from hcx.errors import ConfigError
 from hcx.model.adapters import LoRA, LoRAConfig
@@ -388,7 +388,7 @@ def test_operations_under_low_rank_updates_are_predicted_too(targets: tuple[str,
     LoRA(adapter, 0).apply(subject.module, TransformContext(CONFIG, Topology()))
     if checkpointing:
         subject.checkpointing()
-    costs = StepCosts(CONFIG, SEQ, adapter, checkpointing, attended=1.0)
+    costs = StepCosts(CONFIG, SEQ, Trained.updates(adapter, CONFIG), checkpointing, attended=1.0)
     for mask in (None, *MASKS):
         expected = costs.backward(mask or (False,) * 6)
         if expected == 0:

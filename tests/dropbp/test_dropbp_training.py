@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,34 @@ def test_a_rate_that_no_whole_number_of_sublayers_gives_is_told(
     monkeypatch.setattr(logging.getLogger("hcx"), "propagate", True)
     assert method(rate=0.875).schedule.count == 3
     assert "4 sublayers in 1 stages drop whole numbers, so the rate is 0.75" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["zero", "skip"])
+def test_a_sublayer_without_gradient_in_a_step_decays_its_moments_or_is_left_alone(missing: str) -> None:
+    """Adam's state by the two meanings of a missing gradient: moments shrink by their betas, or nothing happens."""
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    class SecondStep(DropBP):
+        def context(self, step: int, micro_batch: int, meta: ForwardMeta) -> ForwardMeta:
+            return replace(meta, dropbp_mask=tuple(step == 1 and index == 3 for index in range(SUBLAYERS)))
+
+    optim = OptimConfig(lr=1e-2, weight_decay=0.5, betas=(0.9, 0.95))
+    config = TorchEngineConfig(missing_gradients=missing, clip_grad_norm=0.0)  # type: ignore[arg-type]
+    engine = build_engine(
+        config, CONFIG, optim, [SecondStep(method().config, CONFIG, steps=2, seed=0)], InitWeights(CONFIG, 0), 0
+    )
+    states = []
+    for step in range(2):
+        engine.train_step(StepBatch(step, [packed_rows(2, 16, CONFIG.vocab_size, seed=step)]), NextToken(), 1.0)
+        states.append({s.key: s.tensor.clone() for s in engine.state_slices() if s.name == name})
+    first, second = states
+    assert first["exp_avg"].abs().max() > 0
+    if missing == "skip":
+        assert all(torch.equal(second[key], first[key]) for key in first)
+        return
+    torch.testing.assert_close(second["exp_avg"], 0.9 * first["exp_avg"])
+    torch.testing.assert_close(second["exp_avg_sq"], 0.95 * first["exp_avg_sq"])
+    # The momentum still moves the weight, and decay applies: Adam's update with a gradient of zero, in closed form.
+    unbiased = second["exp_avg"] / (1 - 0.9**2), second["exp_avg_sq"] / (1 - 0.95**2)
+    expected = first["master"] * (1 - 1e-2 * 0.5) - 1e-2 * unbiased[0] / (unbiased[1].sqrt() + optim.eps)
+    torch.testing.assert_close(second["master"], expected)
