@@ -1,20 +1,25 @@
-"""Compresses a model directory, one tensor at a time."""
+"""Compresses a model, one tensor at a time and one layer per file: it needs little memory and can be resumed."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, digest_file, new_artifact
+from hcx.artifacts.manifest import producer
+from hcx.artifacts.tensors import join_safetensors
 from hcx.compress.plan import CompressPlan, ModulePlan
-from hcx.errors import CheckpointError, ConfigError
-from hcx.model.convert.hf import write_json, write_weights
+from hcx.compress.work import DiskFull, WorkDirectory, in_layers, told_if_full
+from hcx.errors import CheckpointError, ConfigError, HcxError
+from hcx.model.convert.hf import MAX_SHARD_BYTES, write_json
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
 STEM = "bcq"
@@ -107,17 +112,20 @@ def compress_model(
     out: str | Path,
     plan: CompressPlan,
     progress: Callable[[str], None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CompressionSummary:
-    """Writes a compressed copy of a model directory.
+    """Writes a compressed copy of a model, layer by layer; what was killed goes on where it was when called again.
 
     Args:
-        source: a full-precision MODEL directory.
-        out: must not exist; complete or absent afterwards.
+        source: a full-precision MODEL, a directory or a GGUF file.
+        out: must not exist; complete or absent afterwards. Unfinished work lies beside it, in `.NAME.work`.
         plan: what becomes of each weight.
         progress: called with each finished tensor's name.
+        max_shard_bytes: a new weight file begins beyond this size.
 
     Raises:
-        HcxError: the source is no full-precision model, a rule matches nothing, or `out` exists.
+        HcxError: the source is no full-precision model, a rule matches nothing, `out` exists, unfinished work of
+            another plan lies there, or the disk is full.
     """
     source, out = Path(source), Path(out)
     summary = CompressionSummary(out)
@@ -127,9 +135,23 @@ def compress_model(
         names = canonical_names(files)
         chosen = _choose(files, names, plan)
         entries: dict[str, Any] = {}
-        with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
-            tensors = _compressed(files, names, chosen, summary, entries, progress)
-            write_weights(artifact.path, tensors, stem=STEM)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            # The artifact says so too, but only when hours have passed.
+            raise CheckpointError(f"{out}: already exists; choose another directory or remove it")
+        origin = artifact_input("model", source)
+        identity = {"source": origin.digest, "plan": plan.model_dump(mode="json"), "format": FORMAT_VERSION}
+        identity["hcx"] = producer()["version"]
+
+        def compressed(layer: list[str]) -> Iterator[tuple[str, Tensor]]:
+            return _compressed(files, layer, chosen, summary, entries, progress)
+
+        with (
+            _resumable(out, identity) as work,
+            told_if_full(work.path),
+            new_artifact(out, "model", plan, [origin]) as artifact,
+        ):
+            parts = _layers(work, names, summary, entries, compressed, progress)
+            join_safetensors(artifact.path, parts, STEM, max_shard_bytes)
             index = artifact.path / f"{STEM}.safetensors.index.json"
             quantization = {
                 "quant_method": QUANT_METHOD,
@@ -156,6 +178,71 @@ def compress_model(
             if (artifact.path / "tokenizer.json").is_file():
                 artifact.counts["tokenizer_digest"] = digest_file(artifact.path / "tokenizer.json")
     return summary
+
+
+@contextmanager
+def _resumable(out: Path, identity: dict[str, Any]) -> Iterator[WorkDirectory]:
+    """The work directory of a compression: it stays where going on makes sense, and goes where it does not."""
+    path = out.with_name(f".{out.name}.work")
+    with told_if_full(path):
+        work = WorkDirectory(path, identity)
+    # Of a command that was killed while it put the layers together; the lock says that it is gone.
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield work
+    except DiskFull:
+        work.close()
+        raise
+    except HcxError:
+        # The source or the plan is at fault: neither will be the same when they are mended.
+        work.remove()
+        raise
+    except BaseException:
+        work.close()
+        raise
+    work.remove()
+
+
+def _layers(
+    work: WorkDirectory,
+    names: list[str],
+    summary: CompressionSummary,
+    entries: dict[str, Any],
+    compressed: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
+    progress: Callable[[str], None] | None,
+) -> list[Path]:
+    """The files of all layers, those that are there already and those that are made now; fills summary and entries."""
+    parts = []
+    for number, layer in enumerate(in_layers(names)):
+        parts.append(work.layer(number))
+        record = work.finished(number)
+        if record is not None:
+            outcome = record["outcome"]
+            entries.update(outcome["entries"])
+            summary.kept_weights += outcome["kept_weights"]
+            summary.kept_bytes += outcome["kept_bytes"]
+            for module in outcome["modules"]:
+                plan = ModulePlan.model_validate(module["plan"], strict=False)
+                summary.modules.append(ModuleResult(**{**module, "plan": plan}))
+            for name in layer:
+                if progress is not None:
+                    progress(name)
+            continue
+        modules, known = len(summary.modules), set(entries)
+        kept_weights, kept_bytes = summary.kept_weights, summary.kept_bytes
+        tensors = {name: tensor.contiguous() for name, tensor in compressed(layer)}
+        results = [
+            asdict(module) | {"plan": module.plan.model_dump(mode="json")} for module in summary.modules[modules:]
+        ]
+        outcome = {
+            "entries": {stem: entry for stem, entry in entries.items() if stem not in known},
+            "kept_weights": summary.kept_weights - kept_weights,
+            "kept_bytes": summary.kept_bytes - kept_bytes,
+            "modules": results,
+        }
+        work.finish(number, tensors, {"outcome": outcome})
+    return parts
 
 
 def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
