@@ -17,6 +17,7 @@ from hcx.artifacts import artifact_input, digest_file, new_artifact
 from hcx.artifacts.manifest import producer
 from hcx.artifacts.tensors import join_safetensors
 from hcx.compress.plan import CompressPlan, ModulePlan
+from hcx.compress.preview import PreviewRow, preview
 from hcx.compress.work import DiskFull, WorkDirectory, in_layers, told_if_full
 from hcx.errors import CheckpointError, ConfigError, HcxError
 from hcx.model.convert.hf import MAX_SHARD_BYTES, write_json
@@ -243,6 +244,22 @@ def _layers(
         }
         work.finish(number, tensors, {"outcome": outcome})
     return parts
+
+
+def plan_rows(source: str | Path, plan: CompressPlan) -> tuple[list[PreviewRow], int]:
+    """What the plan will do to a model, and how many tensors there are to go through; reads no weight.
+
+    Raises:
+        HcxError: as `compress_model`, as far as it shows without the weights.
+    """
+    with ModelFiles(source) as files:
+        if files.modules:
+            raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
+        names = canonical_names(files)
+        chosen = _choose(files, names, plan)
+        shapes = {name: files.shape(name) for name in names}
+        dtype = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
+    return preview(plan, shapes, chosen, 2 if "16" in dtype else 4), len(names)
 
 
 def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
