@@ -10,7 +10,7 @@ import typer
 from hcx.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
-    from hcx.compress import CompressionSummary, CompressPlan
+    from hcx.compress import CompressionSummary, CompressPlan, PreviewRow
     from hcx.data import MicroBatch
 
 PLANS = "launch/compress"
@@ -45,6 +45,7 @@ def compress(
         Path | None,
         typer.Option(help="shards whose held-out text --report reads; those MODEL was trained on if absent"),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, and compress nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> None:
     """Compresses the linear layers of every block; embedding, output and norms are kept unless a plan says otherwise.
@@ -52,9 +53,8 @@ def compress(
     --bits, --group-size, --method, --offset, --widths and --feedback change the plan's default; without --plan they are
     the plan.
     """
-    from hcx.compress import compress_model
+    from hcx.compress import compress_model, plan_rows
     from hcx.errors import ConfigError
-    from hcx.model.load import ModelFiles, canonical_names
     from hcx.obs import Progress
 
     nested = _widths(widths)
@@ -72,9 +72,15 @@ def compress(
     }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
     text = (shards or _training_shards(model)) if report else None
+    rows, total = plan_rows(model, chosen)
+    if dry_run and as_json:
+        print_json([_row_values(row) for row in rows])
+        return
+    if not as_json:
+        _show_plan(model, rows)
+    if dry_run:
+        return
     batches = _calibration(model, chosen, plan, calibration)
-    with ModelFiles(model) as files:
-        total = len(canonical_names(files))
     with Progress("compressing", total, "tensors") as progress:
         summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches)
     quality = None
@@ -163,6 +169,41 @@ def _training_shards(model: Path, option: str = "--shards") -> Path:
     raise ConfigError(
         f"{'--report' if option == '--shards' else 'calibration'}: the manifest of {model} leads to no shards that are "
         f"there; name some with {option} DIR"
+    )
+
+
+def _row_values(row: PreviewRow) -> dict[str, object]:
+    return {
+        "rule": row.rule,
+        "modules": list(row.modules),
+        "count": row.count,
+        "weights": row.weights,
+        "size_bytes": row.size_bytes,
+        "bits_per_weight": row.bits_per_weight,
+        "settings": None if row.settings is None else row.settings.model_dump(mode="json"),
+    }
+
+
+def _show_plan(model: Path, rows: list[PreviewRow]) -> None:
+    def settings(row: PreviewRow) -> str:
+        if row.settings is None:
+            return "as it is"
+        return f"{row.settings.bits} bits, groups of {row.settings.group_size}\n{row.settings.method}"
+
+    table(
+        f"plan for {model}",
+        ("rule", "matrices", "settings", "weights", "bits each", "MB"),
+        [
+            (
+                row.rule,
+                f"{row.count} x\n" + "\n".join(row.modules),
+                settings(row),
+                f"{row.weights:,}",
+                f"{row.bits_per_weight:.3f}",
+                f"{row.size_bytes / 1e6:.2f}",
+            )
+            for row in rows
+        ],
     )
 
 
