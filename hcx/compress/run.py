@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ def compress_model(
     plan: CompressPlan,
     progress: Callable[[str], None] | None = None,
     calibration: Sequence[MicroBatch] | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
 ) -> CompressionSummary:
     """Writes a compressed copy of a model directory.
 
@@ -125,24 +126,28 @@ def compress_model(
         plan: what becomes of each weight.
         progress: called with each finished tensor's name.
         calibration: the text that activation-aware methods read; see `calibration_batches`.
+        found: stem -> weight that was packed beforehand, of every module that the plan quantizes (`search_model`).
 
     Raises:
         HcxError: the plan needs calibration text and there is none, the source is no full-precision model, a rule
             matches nothing, or `out` exists.
     """
     source, out = Path(source), Path(out)
-    if plan.needs_calibration and calibration is None:
+    if plan.search is not None and found is None:
+        raise ConfigError("this plan searches: run search_model first, and give what it found")
+    if plan.needs_calibration and calibration is None and found is None:
         raise ConfigError("this plan reads calibration text: name shards, or files in calibration.texts")
     summary = CompressionSummary(out)
     with ModelFiles(source) as files:
         if files.modules:
             raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
         names = canonical_names(files)
-        chosen = _choose(files, names, plan)
+        chosen = choose_modules(files, names, plan)
         entries: dict[str, Any] = {}
         with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
-            blocks = _Blocks(files, chosen, plan, calibration) if plan.needs_calibration and calibration else None
-            tensors = _compressed(files, names, chosen, summary, entries, progress, blocks)
+            walked = plan.needs_calibration and found is None
+            blocks = _Blocks(files, chosen, plan, calibration) if walked and calibration else None
+            tensors = _compressed(files, names, chosen, summary, entries, progress, blocks, found)
             write_weights(artifact.path, tensors, stem=STEM)
             index = artifact.path / f"{STEM}.safetensors.index.json"
             quantization = {
@@ -172,8 +177,12 @@ def compress_model(
     return summary
 
 
-def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
-    """The settings of every weight that is compressed, by stem."""
+def choose_modules(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
+    """The settings of every weight that is compressed, by stem.
+
+    Raises:
+        ConfigError: a rule changes nothing, or the plan keeps every weight.
+    """
     stems = [name.removesuffix(".weight") for name in names]
     linears = [stem for stem in stems if stem.startswith("model.layers.") and stem.endswith("_proj")]
     plan.check_rules(linears)
@@ -231,6 +240,7 @@ def _compressed(
     entries: dict[str, Any],
     progress: Callable[[str], None] | None,
     blocks: _Blocks | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stem = name.removesuffix(".weight")
@@ -244,7 +254,10 @@ def _compressed(
             yield name, weight
         else:
             try:
-                packed = block.packed[stem] if block is not None else module.quantize(weight.float())
+                if found is not None:
+                    packed = found[stem]
+                else:
+                    packed = block.packed[stem] if block is not None else module.quantize(weight.float())
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             norm = float(weight.float().norm())
@@ -259,7 +272,7 @@ def _compressed(
                     block.errors.get(stem) if block else None,
                 )
             )
-            entries[stem] = {**packed.describe(), "method": module.method}
+            entries[stem] = {**packed.describe(), "method": module.method if found is None else "loss-searched"}
             yield from packed.to_tensors(stem).items()
         if progress is not None:
             progress(name)
