@@ -12,6 +12,7 @@ from hcx.cli.output import echo, print_json, table
 if TYPE_CHECKING:
     from hcx.compress import CompressionSummary, CompressPlan, PreviewRow
     from hcx.data import MicroBatch
+    from hcx.kernels import PackedWeight
 
 PLANS = "launch/compress"
 
@@ -71,7 +72,7 @@ def compress(
         "feedback": feedback,
     }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
-    text = (shards or _training_shards(model)) if report else None
+    text = (shards or training_shards(model)) if report else None
     rows, total = plan_rows(model, chosen)
     if dry_run and as_json:
         print_json([_row_values(row) for row in rows])
@@ -81,8 +82,9 @@ def compress(
     if dry_run:
         return
     batches = _calibration(model, chosen, plan, calibration)
+    found = _search(model, out, chosen, batches) if chosen.search is not None and batches is not None else None
     with Progress("compressing", total, "tensors") as progress:
-        summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches)
+        summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches, found)
     quality = None
     if text is not None:
         from hcx.recipe.quality import measure_quality
@@ -119,6 +121,33 @@ def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
     return chosen.model_copy(update={"default": default})
 
 
+def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]) -> dict[str, PackedWeight]:
+    """Searches beside OUT, in a directory that a later call with the same command goes on from."""
+    import json
+
+    from hcx.artifacts.durable import write_atomically
+    from hcx.compress.run import choose_modules
+    from hcx.compress.search_model import outcome_dict, search_model
+    from hcx.errors import ConfigError
+    from hcx.model.load import ModelFiles, canonical_names
+    from hcx.obs import Progress, get_logger
+
+    if out.exists():
+        raise ConfigError(f"{out}: already exists; choose another directory or remove it")
+    kept = out.with_name(f"{out.name}.search")
+    with ModelFiles(model) as files:
+        total = len(choose_modules(files, canonical_names(files), chosen))
+    with Progress("searching", total, "layers") as progress:
+        found, outcome = search_model(model, chosen, text, kept, lambda _: progress.advance())
+    losses = {name: sum(by.values()) / len(by) for name, by in outcome.held_out.items()}
+    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    get_logger(__name__).info(
+        "%d evaluations; held-out loss: %s nats per token; kept: %s", outcome.evaluations, told, outcome.chosen
+    )
+    write_atomically(kept / "search.json", (json.dumps(outcome_dict(outcome), indent=1) + "\n").encode())
+    return found
+
+
 def _widths(given: str | None) -> list[int] | None:
     from hcx.errors import ConfigError
 
@@ -151,12 +180,12 @@ def _calibration(
     texts = bool(chosen.calibration.texts)
     if texts and directory is not None:
         raise ConfigError("--calibration DIR beside calibration.texts in the plan; give one of them")
-    shards = None if texts else ShardSet.open(directory or _training_shards(model, "--calibration"))
+    shards = None if texts else ShardSet.open(directory or training_shards(model, "--calibration"))
     folder = Path(plan).parent if plan is not None and Path(plan).exists() else None
     return calibration_batches(chosen.calibration, max_seq_len, tokenizer, shards, folder)
 
 
-def _training_shards(model: Path, option: str = "--shards") -> Path:
+def training_shards(model: Path, option: str = "--shards") -> Path:
     """The shards that the model's manifest names, if they still lie there."""
     from hcx.artifacts import artifact_input, is_complete, read_manifest
     from hcx.errors import ConfigError

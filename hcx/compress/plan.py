@@ -236,6 +236,21 @@ class Calibration(Config):
         return value
 
 
+class SearchPlan(Config):
+    """Clip and rounding of every layer chosen by the task loss (in the style of Q-Rater); grids are even."""
+
+    rounds: Annotated[int, _within(1)] = 2
+    """Over all knobs of a layer; two rounds are 75 evaluations of the loss for each layer."""
+    sampler: Literal["coordinate", "random", "tpe"] = "coordinate"
+    """Coordinate descent over the grids, or as many evaluations by one of optuna's samplers."""
+    slack: Annotated[float, Field(ge=0)] = 0.02
+    """Nats per token by which a winner may be worse than the one before it in any one language."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the calibration text that no search sees; the choice at the end is made on it."""
+    seed: int = 0
+    """Of the samplers."""
+
+
 class CompressPlan(Config):
     """A compression of the linear layers of every block; the norms are always kept."""
 
@@ -253,9 +268,22 @@ class CompressPlan(Config):
     """Settings of an output matrix of its own; kept if absent."""
     calibration: Calibration = Calibration()
     """What activation-aware methods read."""
+    search: SearchPlan | None = None
+    """Search clip and rounding by the task loss; `method: uniform` only."""
 
     @model_validator(mode="after")
     def _check_statistics(self) -> Self:
+        if self.search is not None:
+            stated: list[ModulePlan | PlanRule] = [self.default, *(rule for rule in self.rules if not rule.keep)]
+            if any(one.method not in ("uniform", None) or one.feedback or one.widths for one in stated):
+                raise ValueError("search: chooses clip and rounding of even grids; set method: uniform, no other")
+            if any(one.scale_dtype not in ("fp16", None) for one in stated):
+                raise ValueError("search: steps are stored as fp16; leave scale_dtype")
+            if self.embedding is not None or self.output is not None or self.calibration.scaling:
+                raise ValueError(
+                    "search: is for the linear layers of the blocks as they are; leave out embedding, "
+                    "output and calibration.scaling"
+                )
         for name, settings in (("embedding", self.embedding), ("output", self.output)):
             if settings is not None and settings.needs_statistics:
                 raise ValueError(f"{name}: importance and feedback are for the linear layers of the blocks only")
@@ -265,7 +293,7 @@ class CompressPlan(Config):
     def needs_calibration(self) -> bool:
         """Whether calibration text is read at all."""
         by_rule = any(rule.importance or rule.feedback for rule in self.rules)
-        return self.calibration.scaling or self.default.needs_statistics or by_rule
+        return self.search is not None or self.calibration.scaling or self.default.needs_statistics or by_rule
 
     @model_validator(mode="after")
     def _check_clusters(self) -> Self:

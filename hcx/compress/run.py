@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from hcx.compress.preview import PreviewRow, preview
 from hcx.compress.work import DiskFull, WorkDirectory, in_layers, told_if_full
 from hcx.data.batch import MicroBatch
 from hcx.errors import CheckpointError, ConfigError, HcxError
+from hcx.kernels import PackedWeight
 from hcx.model.convert.hf import MAX_SHARD_BYTES, write_json
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
@@ -119,6 +120,7 @@ def compress_model(
     plan: CompressPlan,
     progress: Callable[[str], None] | None = None,
     calibration: Sequence[MicroBatch] | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CompressionSummary:
     """Writes a compressed copy of a model, layer by layer; what was killed goes on where it was when called again.
@@ -129,6 +131,7 @@ def compress_model(
         plan: what becomes of each weight.
         progress: called with each finished tensor's name.
         calibration: the text that activation-aware methods read; see `calibration_batches`.
+        found: stem -> weight that was packed beforehand, of every module that the plan quantizes (`search_model`).
         max_shard_bytes: a new weight file begins beyond this size.
 
     Raises:
@@ -136,14 +139,16 @@ def compress_model(
             matches nothing, `out` exists, unfinished work of another plan lies there, or the disk is full.
     """
     source, out = Path(source), Path(out)
-    if plan.needs_calibration and calibration is None:
+    if plan.search is not None and found is None:
+        raise ConfigError("this plan searches: run search_model first, and give what it found")
+    if plan.needs_calibration and calibration is None and found is None:
         raise ConfigError("this plan reads calibration text: name shards, or files in calibration.texts")
     summary = CompressionSummary(out)
     with ModelFiles(source) as files:
         if files.modules:
             raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
         names = canonical_names(files)
-        chosen = _choose(files, names, plan)
+        chosen = choose_modules(files, names, plan)
         entries: dict[str, Any] = {}
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             # The artifact says so too, but only when hours have passed.
@@ -154,10 +159,11 @@ def compress_model(
         blocks: CalibratedBlocks | None = None
         if plan.needs_calibration and calibration is not None:
             identity["calibration"] = calibration_digest(calibration)
+        if plan.needs_calibration and calibration is not None and found is None:
             blocks = CalibratedBlocks(files, chosen, plan, calibration)
 
         def compressed(layer: list[str]) -> Iterator[tuple[str, Tensor]]:
-            return _compressed(files, layer, chosen, summary, entries, progress, blocks)
+            return _compressed(files, layer, chosen, summary, entries, progress, blocks, found)
 
         with (
             _resumable(out, identity) as work,
@@ -272,14 +278,18 @@ def plan_rows(source: str | Path, plan: CompressPlan) -> tuple[list[PreviewRow],
         if files.modules:
             raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
         names = canonical_names(files)
-        chosen = _choose(files, names, plan)
+        chosen = choose_modules(files, names, plan)
         shapes = {name: files.shape(name) for name in names}
         dtype = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
     return preview(plan, shapes, chosen, 2 if "16" in dtype else 4), len(names)
 
 
-def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
-    """The settings of every weight that is compressed, by stem."""
+def choose_modules(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
+    """The settings of every weight that is compressed, by stem.
+
+    Raises:
+        ConfigError: a rule changes nothing, or the plan keeps every weight.
+    """
     stems = [name.removesuffix(".weight") for name in names]
     linears = [stem for stem in stems if stem.startswith("model.layers.") and stem.endswith("_proj")]
     plan.check_rules(linears)
@@ -306,6 +316,7 @@ def _compressed(
     entries: dict[str, Any],
     progress: Callable[[str], None] | None,
     blocks: CalibratedBlocks | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stem = name.removesuffix(".weight")
@@ -319,7 +330,10 @@ def _compressed(
             yield name, weight
         else:
             try:
-                packed = block.packed[stem] if block is not None else module.quantize(weight.float())
+                if found is not None:
+                    packed = found[stem]
+                else:
+                    packed = block.packed[stem] if block is not None else module.quantize(weight.float())
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             norm = float(weight.float().norm())
@@ -334,7 +348,7 @@ def _compressed(
                     block.errors.get(stem) if block else None,
                 )
             )
-            entries[stem] = {**packed.describe(), "method": module.method}
+            entries[stem] = {**packed.describe(), "method": module.method if found is None else "loss-searched"}
             yield from packed.to_tensors(stem).items()
         if progress is not None:
             progress(name)
