@@ -11,6 +11,7 @@ from hcx.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
     from hcx.compress import CompressionSummary, CompressPlan
+    from hcx.recipe.allocation import AllocationReport
 
 PLANS = "launch/compress"
 
@@ -33,6 +34,11 @@ def compress(
         Path | None,
         typer.Option(help="shards whose held-out text --report reads; those MODEL was trained on if absent"),
     ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option("--average-bits", help="planes per weight on average: measure sensitivities, then allocate"),
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="what gets a width of its own: layer, type or matrix")] = "layer",
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> None:
     """Compresses the linear layers of every block; embedding, output and norms are kept unless a plan says otherwise.
@@ -42,19 +48,31 @@ def compress(
     from hcx.compress import compress_model
     from hcx.errors import ConfigError
     from hcx.model.load import ModelFiles, canonical_names
-    from hcx.obs import Progress
+    from hcx.obs import Progress, get_logger
 
-    if plan is None and bits is None:
-        raise ConfigError("say how: --bits N (1 to 8), or --plan FILE")
+    if plan is None and bits is None and average_bits is None:
+        raise ConfigError("say how: --bits N (1 to 8), --average-bits B, or --plan FILE")
+    if bits is not None and average_bits is not None:
+        raise ConfigError("--bits gives every layer the same width, --average-bits chooses: take one")
     given = {"bits": bits, "group_size": group_size, "method": method, "offset": offset}
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
-    text = (shards or _training_shards(model)) if report else None
+    text = (shards or _training_shards(model)) if report or average_bits is not None else None
+    if average_bits is not None:
+        from hcx.recipe.allocation import allocate_bits
+
+        log = get_logger(__name__)
+        found = allocate_bits(
+            model, str(text), average_bits, chosen, by=by, progress=lambda read: log.info("measured %s", read)
+        )
+        chosen = found.plan
+        if not as_json:
+            _show_allocation(found)
     with ModelFiles(model) as files:
         total = len(canonical_names(files))
     with Progress("compressing", total, "tensors") as progress:
         summary = compress_model(model, out, chosen, lambda _: progress.advance())
     quality = None
-    if text is not None:
+    if report and text is not None:
         from hcx.recipe.quality import measure_quality
 
         label = f"{summary.bits_per_weight:.2f} bits per weight"
@@ -101,6 +119,18 @@ def _training_shards(model: Path) -> Path:
             return Path(item.path)
     raise ConfigError(
         f"--report: the manifest of {model} leads to no shards that are there; name some with --shards DIR"
+    )
+
+
+def _show_allocation(found: AllocationReport) -> None:
+    widths = sorted(next(iter(found.rises.values())))
+    table(
+        f"rise of the held-out loss (nats per token, worst language); {found.average_bits:.3f} bits on average",
+        ("layers", "bits", *(f"at {width}" for width in widths)),
+        [
+            (name, found.allocation.bits[name], *(f"{max(rises[width].values()):+.4f}" for width in widths))
+            for name, rises in found.rises.items()
+        ],
     )
 
 
