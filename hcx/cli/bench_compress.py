@@ -32,8 +32,8 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """KL divergence and bits per byte of our quantizers and others', at equal or fewer bytes, on held-out text."""
-    from hcx.cli.output import append_csv
     from hcx.cli.compress import training_shards
+    from hcx.cli.output import append_csv
     from hcx.compress import Calibration
     from hcx.config.decode import decode
     from hcx.errors import ConfigError

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hcx.compress import CompressionSummary, CompressPlan, PreviewRow
     from hcx.data import MicroBatch
     from hcx.kernels import PackedWeight
+    from hcx.recipe.allocation import AllocationReport
 
 PLANS = "launch/compress"
 
@@ -46,6 +47,11 @@ def compress(
         Path | None,
         typer.Option(help="shards whose held-out text --report reads; those MODEL was trained on if absent"),
     ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option("--average-bits", help="planes per weight on average: measure sensitivities, then allocate"),
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="what gets a width of its own: layer, type or matrix")] = "layer",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, and compress nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> None:
@@ -56,13 +62,15 @@ def compress(
     """
     from hcx.compress import compress_model, plan_rows
     from hcx.errors import ConfigError
-    from hcx.obs import Progress
+    from hcx.obs import Progress, get_logger
 
     nested = _widths(widths)
     if bits is None and nested is not None:
         bits = nested[-1]
-    if plan is None and bits is None:
-        raise ConfigError("say how: --bits N (1 to 8), or --plan FILE")
+    if plan is None and bits is None and average_bits is None:
+        raise ConfigError("say how: --bits N (1 to 8), --average-bits B, or --plan FILE")
+    if bits is not None and average_bits is not None:
+        raise ConfigError("--bits gives every layer the same width, --average-bits chooses: take one")
     given = {
         "bits": bits,
         "group_size": group_size,
@@ -72,7 +80,17 @@ def compress(
         "feedback": feedback,
     }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
-    text = (shards or training_shards(model)) if report else None
+    text = (shards or training_shards(model)) if report or average_bits is not None else None
+    if average_bits is not None:
+        from hcx.recipe.allocation import allocate_bits
+
+        log = get_logger(__name__)
+        allocation = allocate_bits(
+            model, str(text), average_bits, chosen, by=by, progress=lambda read: log.info("measured %s", read)
+        )
+        chosen = allocation.plan
+        if not as_json:
+            _show_allocation(allocation)
     rows, total = plan_rows(model, chosen)
     if dry_run and as_json:
         print_json([_row_values(row) for row in rows])
@@ -86,7 +104,7 @@ def compress(
     with Progress("compressing", total, "tensors") as progress:
         summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches, found)
     quality = None
-    if text is not None:
+    if report and text is not None:
         from hcx.recipe.quality import measure_quality
 
         label = f"{summary.bits_per_weight:.2f} bits per weight"
@@ -232,6 +250,18 @@ def _show_plan(model: Path, rows: list[PreviewRow]) -> None:
                 f"{row.size_bytes / 1e6:.2f}",
             )
             for row in rows
+        ],
+    )
+
+
+def _show_allocation(found: AllocationReport) -> None:
+    widths = sorted(next(iter(found.rises.values())))
+    table(
+        f"rise of the held-out loss (nats per token, worst language); {found.average_bits:.3f} bits on average",
+        ("layers", "bits", *(f"at {width}" for width in widths)),
+        [
+            (name, found.allocation.bits[name], *(f"{max(rises[width].values()):+.4f}" for width in widths))
+            for name, rises in found.rises.items()
         ],
     )
 
