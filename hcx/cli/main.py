@@ -27,6 +27,7 @@ VERBS: tuple[str, ...] = (
     "data",
     "tokenizer",
     "train",
+    "tune",
     "convert",
     "compress",
     "evaluate",
