@@ -23,6 +23,8 @@ from hcx.compress.work import DiskFull, WorkDirectory, in_layers, told_if_full
 from hcx.data.batch import MicroBatch
 from hcx.errors import CheckpointError, ConfigError, HcxError
 from hcx.kernels import PackedWeight
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
+from hcx.kernels.segmented import SegmentedWeight
 from hcx.model.convert.hf import MAX_SHARD_BYTES, write_json
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
@@ -330,6 +332,7 @@ def _compressed(
             yield name, weight
         else:
             try:
+                packed: PackedWeight | MaskedWeight | EncodedWeight | SegmentedWeight
                 if found is not None:
                     packed = found[stem]
                 else:

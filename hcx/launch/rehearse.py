@@ -106,7 +106,8 @@ def reduce_recipe(recipe: TrainRecipe) -> Rehearsal:
         model=model,
         optim=optim,
         objective=recipe.loss,
-        adapter=None if recipe.adapter is None else LoRAConfig(rank=min(recipe.adapter.rank, 4)),
+        # Scales over frozen codes need a coded base; the layout is rehearsed with all weights trained.
+        adapter=LoRAConfig(rank=min(recipe.adapter.rank, 4)) if isinstance(recipe.adapter, LoRAConfig) else None,
         seed=recipe.seed,
     )
     cases = [case.model_copy(update={"engine": small.model_copy(update={"precision": "fp32"})})]

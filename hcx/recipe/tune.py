@@ -278,7 +278,7 @@ def _sampled(tune: TuneRecipe, done: list[TrialResult]) -> Iterator[dict[str, Va
     try:
         import optuna
     except ModuleNotFoundError:
-        raise MissingExtra("optuna", "tune", f"sampler: {tune.sampler}") from None
+        raise MissingExtra("optuna", "search", f"sampler: {tune.sampler}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spaces = {name: _distribution(optuna, field) for name, field in tune.search.items()}
     kind = optuna.samplers.TPESampler if tune.sampler == "tpe" else optuna.samplers.RandomSampler
