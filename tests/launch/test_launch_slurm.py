@@ -59,7 +59,9 @@ printf "%s\\0" "$@" >"$STUBS/srun.args"
 env -0 >"$STUBS/srun.env"
 eval "${SRUN_DOES:-}"
 exit ${SRUN_CODE:-0}""",
-    "squeue": 'echo "${STATE:-RUNNING}"',
+    "squeue": """\
+echo x >>"$STUBS/squeue.calls"
+[ "$(wc -l <"$STUBS/squeue.calls")" -le "${AWAY:-0}" ] || echo ${STATE:-RUNNING}""",
     "scontrol": 'printf "%s\\n" "$*" >>"$STUBS/scontrol.args"',
     "module": 'printf "%s\\0" "$@" >>"$STUBS/module.args"',
 }
@@ -303,6 +305,17 @@ def test_the_batch_file_requeues_what_is_resumable_and_nothing_else(
     done = bash.run(launch.train.text, SRUN_CODE=str(code), SRUN_DOES=does, STATE=state)
     assert (done.returncode, bash.asked_to_requeue()) == (ends, requeued), done.stdout + done.stderr
     assert "start 1 of job 17 (demo) on node[1-2]" in done.stdout
+
+
+def test_a_controller_that_is_away_for_a_while_does_not_end_the_run(tmp_path: Path, bash: Bash) -> None:
+    launch = plan(tmp_path, SlurmConfig(**SMALL))
+    assert bash.run(launch.train.text, SRUN_CODE="75", AWAY="3", HCX_RETRY_S="0.01").returncode == 75
+    assert bash.asked_to_requeue()
+    (bash.stubs / "scontrol.args").unlink()
+    done = bash.run(launch.train.text, SRUN_CODE="75", AWAY="1000", HCX_RETRY_S="0.01")
+    assert done.returncode == 75
+    assert "the job is unknown to squeue" in done.stdout
+    assert not bash.asked_to_requeue()
 
 
 def test_starts_that_get_nowhere_are_not_repeated_for_ever(tmp_path: Path, bash: Bash) -> None:
