@@ -11,6 +11,7 @@ from hcx.cli.bench_codes import fixed_to_fixed
 from hcx.cli.bench_compress import compress
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
 from hcx.cli.bench_kernels import kernels
+from hcx.cli.bench_seven_b import compress_seven_b
 from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import append_csv, echo, print_json, table
 
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     bench.command("decode")(decode)
     bench.command("fixed-to-fixed")(fixed_to_fixed)
     bench.command("compress")(compress)
+    bench.command("compress-7b")(compress_seven_b)
     app.add_typer(bench, name="bench")
 
 

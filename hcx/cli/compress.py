@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hcx.recipe.allocation import AllocationReport
 
 PLANS = "launch/compress"
+TIMED_TOKENS = 16
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +43,9 @@ def compress(
         Path | None,
         typer.Option(help="shards whose training text calibration reads; those MODEL was trained on if absent"),
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="measure what it cost on held-out text")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="measure what it cost on held-out text; OUT-report has JSON and a page")
+    ] = False,
     shards: Annotated[
         Path | None,
         typer.Option(help="shards whose held-out text --report reads; those MODEL was trained on if absent"),
@@ -106,9 +109,12 @@ def compress(
     quality = None
     if report and text is not None:
         from hcx.recipe.quality import measure_quality
+        from hcx.report.compression import write_compression_report
 
         label = f"{summary.bits_per_weight:.2f} bits per weight"
-        quality = measure_quality([("full precision", model), (label, out)], str(text))
+        models = [("full precision", model, "reference"), (label, out, "reference"), (f"{label}, fast", out, "fast")]
+        quality = measure_quality(models, str(text), timed_tokens=TIMED_TOKENS)
+        page = write_compression_report(quality, text, out.with_name(f"{out.name}-report"))
     if as_json:
         print_json(summary.as_dict() | ({"quality": quality.as_rows()} if quality else {}))
         return
@@ -116,6 +122,9 @@ def compress(
     if quality is not None:
         columns = ("model", "language", "bits per byte", "KL (nats per token)", "same top token")
         table(f"held-out text of {text}", columns, quality.table_rows())
+        paired = ("model", "language", "bits per byte more", "p-value", "tokens per second")
+        table("paired with full precision, on the same rows", paired, quality.paired_rows())
+        echo(f"report: {page}")
 
 
 def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:

@@ -29,6 +29,13 @@ class Measure(Config):
     """Upper end of the 95 % interval."""
 
 
+class Difference(Measure):
+    """How far a model's figure lies from that of full precision on the same rows."""
+
+    p_value: float
+    """Of the paired test: how often chance alone gives at least this difference."""
+
+
 class HeldOut(Config):
     """How much held-out text stands behind the figures of a language."""
 
@@ -55,6 +62,12 @@ class ModelQuality(Config):
     """Bits per parameter of the decoder's linear parts, scales included."""
     file_bytes: int
     """Bytes of the weight files."""
+    numerics: str = "reference"
+    """Class of the kernels that it was measured with."""
+    tokens_per_s: float | None = None
+    """Generated tokens per second of one request, where it was timed."""
+    difference: dict[str, Difference] = Field(default_factory=dict)
+    """Language -> bits per byte more than full precision, paired."""
     bits_per_byte: dict[str, Measure] = Field(default_factory=dict)
     """Language -> held-out bits per UTF-8 byte, end of document included."""
     kl: dict[str, Measure] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 from hcx.report import plots
 from hcx.report.evidence import Evidence, Run
 from hcx.report.markup import absent, figure, figures, in_order, language_name, measure, megabytes, section, table
-from hcx.report.schema import LANGUAGES, EvalMetric, Measure, Quality
+from hcx.report.schema import LANGUAGES, EvalMetric, Measure, ModelQuality, Quality
 
 MAX_POINTS = 1500
 """Points per curve: more only makes the file larger."""
@@ -212,6 +212,7 @@ def compression(evidence: Evidence) -> str:
         body += f"<h3>Divergence from full precision</h3>{table(kl_head, kl_rows)}"
     else:
         body += "<p>Divergence from full precision was not measured.</p>"
+    body += _paired(quality, languages)
     held_out = "; ".join(
         f"{language_name(key)}: {held.documents:,} documents, {megabytes(held.bytes)}"
         + (f" ({held.description})" if held.description else "")
@@ -219,6 +220,30 @@ def compression(evidence: Evidence) -> str:
     )
     lead = escape(quality.protocol).replace(" %", "&nbsp;%") + (f" Scored: {escape(held_out)}." if held_out else "")
     return section("Compression", lead, body, tag=korean_tag(evidence))
+
+
+def _paired(quality: Quality, languages: list[str]) -> str:
+    """What each model costs against full precision on the same rows, with its numerics and speed."""
+    compared = [model for model in quality.models if model.difference]
+    if not compared:
+        return ""
+
+    def told(model: ModelQuality, language: str) -> str:
+        found = model.difference.get(language)
+        return measure(None) if found is None else f"{measure(found, 4)}<small>p = {found.p_value:.2g}</small>"
+
+    rows = [
+        (
+            f"<b>{escape(model.label)}</b>",
+            escape(model.numerics),
+            *(told(model, language) for language in languages),
+            "" if model.tokens_per_s is None else f"{model.tokens_per_s:.1f}",
+        )
+        for model in compared
+    ]
+    titles = (f"bits per byte more, {language_name(language)}" for language in languages)
+    head = ("model", "numerics", *titles, "tokens per second")
+    return f"<h3>Paired with full precision</h3>{table(head, rows)}"
 
 
 def _short(digest: str) -> str:

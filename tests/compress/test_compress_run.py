@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hcx.config.decode import decode
 from hcx.errors import ConfigError
 from hcx.model.load import iter_tensors, load_model
 from hcx.model.meta import ForwardMeta
+from hcx.recipe.quality import sign_flip_p_value
 from hcx.testing.batches import packed_rows
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
@@ -308,4 +310,30 @@ def test_the_report_reads_the_text_that_the_model_was_trained_on(
     assert ended.value.code == 0
     quality = json.loads(capsys.readouterr().out)["quality"]
     assert {row["language"] for row in quality} == {"ko", "en", "code"}
-    assert all(row["kl"] > 0 for row in quality if row["model"] != "full precision")
+    coded = [row for row in quality if row["model"] != "full precision"]
+    assert all(row["kl"] > 0 and row["tokens_per_s"] > 0 for row in coded)
+    assert {row["numerics"] for row in coded} == {"reference", "fast"}
+    page = (tmp_path / "bcq-report" / "page" / "index.html").read_text()
+    stored = json.loads((tmp_path / "bcq-report" / "quality" / "quality.json").read_text())["models"]
+    assert [model["numerics"] for model in stored] == ["reference", "reference", "fast"]
+    sizes = [sum(p.stat().st_size for p in d.glob("*.safetensors")) for d in (full, tmp_path / "bcq")]
+    assert [model["file_bytes"] for model in stored] == [sizes[0], sizes[1], sizes[1]]
+    for row in coded:
+        base = next(r for r in quality if r["language"] == row["language"] and r["model"] == "full precision")
+        change = row["difference"]
+        assert change["value"] == pytest.approx(row["bits_per_byte"] - base["bits_per_byte"], abs=1e-9)
+        assert change["low"] < change["value"] < change["high"]
+        assert f"p = {change['p_value']:.2g}" in page
+
+
+def test_the_paired_test_is_fishers_and_does_not_depend_on_the_order() -> None:
+    # By hand: of the 8 sums of +-1 +-2 +-4, only 7 and -7 reach 7, and four reach 5.
+    assert sign_flip_p_value([1.0, 2.0, 4.0]) == 2 / 8
+    assert sign_flip_p_value([-1.0, 2.0, 4.0]) == 4 / 8
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, generator=generator)
+    # Of many rows it comes near the normal approximation.
+    z = abs(float(noise.sum())) / float(noise.square().sum().sqrt())
+    assert sign_flip_p_value(noise.tolist()) == pytest.approx(2 - 2 * statistics.NormalDist().cdf(z), abs=0.03)
+    shifted = (noise + 1.5).tolist()
+    assert sign_flip_p_value(shifted) == sign_flip_p_value(shifted[::-1]) == 1 / 10_000
