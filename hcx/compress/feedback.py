@@ -31,8 +31,8 @@ from hcx.kernels import PackedWeight
 
 DAMPING = 0.01
 """Added to the diagonal of `H`, relative to its mean (GPTQ, section 3.3): rare directions are estimated badly."""
-BLOCK = 128
-"""Columns whose influence on all others is applied at once."""
+BLOCK = 32
+"""Columns whose influence on all others is applied at once: within a block every column updates the rest of it."""
 
 
 @dataclass

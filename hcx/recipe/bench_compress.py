@@ -165,7 +165,7 @@ def measure(
         max_documents: scored per language; all if not given.
 
     Raises:
-        ConfigError: an unknown method, or a contender reproduces the model's own grid.
+        ConfigError: an unknown method, too little held-out text, or a contender that reproduces the model's own grid.
     """
     for name in methods:
         if name not in OURS:
@@ -263,6 +263,11 @@ def _held_out(loaded: LoadedModel, shards: ShardSet, seq_len: int, limit: int | 
         if shards.shard(language, "validation").num_documents == 0:
             continue
         batches = list(validation_batches(shards, language, min(seq_len, loaded.config.max_seq_len), 8, limit))
+        if sum(batch.tokens.shape[0] for batch in batches) < 2:
+            raise ConfigError(
+                f"{language} has one row of held-out text; an interval needs two: raise --max-documents, or score "
+                "shards with more held-out documents"
+            )
         hidden, counts, nats = [], [], 0.0
         for batch in batches:
             made = loaded.decoder(batch.tokens, _meta(batch))
