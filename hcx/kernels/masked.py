@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import gcd
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,8 @@ from hcx.kernels.format import MAX_BITS, PackedWeight, pack_signs
 
 KIND = "fixed_to_fixed"
 MASKS = ("raw", "deflate")
-Traversal = Literal["rows", "columns"]
+Traversal = Literal["rows", "columns", "scattered"]
+TRAVERSALS: tuple[Traversal, ...] = ("rows", "columns", "scattered")
 Bytes = NDArray[np.uint8]
 _ONES_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
@@ -278,7 +280,7 @@ def _encode(weight: MaskedWeight, settings: FixedToFixed, threads: int) -> Encod
     segment = gf2.SEGMENTS[settings.n_s] if settings.segment is None else settings.segment
     rows = weight.mask.numpy()
     streams: dict[Traversal, Bytes] = {
-        order: _stream(rows, order) for order in ("rows", "columns") if settings.traversal in (None, order)
+        order: _stream(rows, order) for order in TRAVERSALS if settings.traversal in (None, order)
     }
     variations = {order: _variation(stream, n_out) for order, stream in streams.items()}
     traversal = min(variations, key=lambda order: variations[order])
@@ -359,9 +361,9 @@ def _decode(
     n_in, n_out, n_s = (int(encoding[key]) for key in ("n_in", "n_out", "n_s"))
     network = gf2.Network.from_packed(found["network"].numpy(), n_in, n_out, n_s)
     traversal, segment = encoding["traversal"], int(encoding["segment"])
-    if traversal not in ("rows", "columns"):
+    if traversal not in TRAVERSALS:
         raise KernelError(
-            f"traversal = {traversal!r} is not supported by this version of hcx; supported: rows, columns"
+            f"traversal = {traversal!r} is not supported by this version of hcx; supported: {', '.join(TRAVERSALS)}"
         )
     codes, corrections = found["codes"].numpy(), found["corrections"].numpy()
     lengths, inverted, checks = (list(encoding[key]) for key in ("correction_bytes", "inverted", "plane_crc32"))
@@ -376,7 +378,9 @@ def _decode(
         stream = gf2.decode(codes[plane], network, num_bits, segment)
         gf2.correct(stream, corrections[begin:end], network, num_bits)
         stream = ~stream if inverted[plane] else stream
-        if traversal == "columns":
+        if traversal == "scattered":
+            stream = _gathered(stream)
+        if traversal != "rows":
             stream = gf2.transpose_bits(stream.reshape(8 * columns, -1))[:rows, :columns]
         kept = np.ascontiguousarray(stream.reshape(rows, columns)) & mask.numpy()
         if zlib.crc32(kept.tobytes()) != checks[plane]:
@@ -407,7 +411,28 @@ def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _stream(rows: Bytes, traversal: Traversal) -> Bytes:
     """The bits of a plane in the order in which they are encoded."""
-    return (gf2.transpose_bits(rows) if traversal == "columns" else np.ascontiguousarray(rows)).ravel()
+    if traversal == "rows":
+        return np.ascontiguousarray(rows).ravel()
+    turned = gf2.transpose_bits(rows).ravel()
+    return turned if traversal == "columns" else turned[_scattering(turned.size)]
+
+
+def _scattering(size: int) -> NDArray[np.int64]:
+    """Where each byte of a scattered stream comes from: multiples of about 0.618 of the size, which shares no factor.
+
+    A byte of the transpose is 8 rows of one column; bytes that follow each other in the stream are then of distant
+    columns and rows, so a block has the mean density wherever kept weights crowd together.
+    """
+    step = size * 618 // 1000 + 1
+    while gcd(step, size) > 1:
+        step += 1
+    return np.arange(size, dtype=np.int64) * step % size
+
+
+def _gathered(stream: Bytes) -> Bytes:
+    turned = np.empty_like(stream)
+    turned[_scattering(stream.size)] = stream
+    return turned
 
 
 def _stored_crc(tensors: Mapping[str, Tensor]) -> int:

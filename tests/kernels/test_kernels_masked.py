@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hcx.errors import KernelError
 from hcx.kernels import PackedWeight, Spec, backends, gf2, native
-from hcx.kernels.masked import EncodedWeight, FixedToFixed, MaskedWeight, read_masked
+from hcx.kernels.masked import TRAVERSALS, EncodedWeight, FixedToFixed, MaskedWeight, read_masked
 from hcx.kernels.storage import stored_tensors
 from hcx.testing.packed import random_packed
 
@@ -47,7 +47,7 @@ def same(one: MaskedWeight, two: MaskedWeight) -> bool:
     columns=st.integers(1, 90),
     bits=st.integers(1, 3),
     kept=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
-    traversal=st.sampled_from([None, "rows", "columns"]),
+    traversal=st.sampled_from([None, "rows", "columns", "scattered"]),
     n_in=st.sampled_from([3, 8]),
     n_s=st.integers(0, 1),
     seed=st.integers(0, 1000),
@@ -114,18 +114,30 @@ def test_every_backend_of_the_cpu_serves_a_pruned_weight(numerics: str) -> None:
     assert found or native.why_absent() is not None
 
 
-def test_rows_of_different_density_are_streamed_by_columns() -> None:
+def test_rows_of_different_density_are_not_streamed_one_after_the_other() -> None:
     generator = np.random.default_rng(0)
     density = generator.beta(2, 18, 400)[:, None]
     kept = torch.from_numpy(generator.random((400, 400)) < density)
     weight = MaskedWeight.of(random_packed(1, 400, 400, 400, offset=False), kept)
     found = {order: weight.encode(FixedToFixed(traversal=order, n_out=80)) for order in ("rows", "columns")}
     chosen = weight.encode(FixedToFixed(n_out=80))
-    assert chosen.traversal == "columns"
+    assert chosen.traversal != "rows"
     assert found["rows"].variation > 0.6
     assert found["columns"].variation < 0.45
     assert chosen.efficiency > found["rows"].efficiency + 0.02
     assert same(read_back(chosen), weight)
+
+
+def test_rows_and_columns_of_different_density_are_scattered() -> None:
+    generator = np.random.default_rng(1)
+    density = generator.beta(2, 8, 400)[:, None] * generator.beta(4, 4, 400)[None, :]
+    weight = MaskedWeight.of(
+        random_packed(1, 400, 400, 400, offset=False), torch.from_numpy(generator.random((400, 400)) < density)
+    )
+    found = {order: weight.encode(FixedToFixed(traversal=order, n_out=80)) for order in TRAVERSALS}
+    assert weight.encode(FixedToFixed(n_out=80)).traversal == "scattered"
+    assert found["scattered"].efficiency > max(found["rows"].efficiency, found["columns"].efficiency) + 0.003
+    assert same(read_back(found["scattered"]), weight)
 
 
 def test_a_plane_of_ones_is_complemented_and_costs_no_corrections() -> None:
