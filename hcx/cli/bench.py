@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import echo, print_json, table
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     bench.command("tokenizer")(tokenizer)
     bench.command("kernels")(kernels)
     bench.command("decode")(decode)
+    bench.command("eval")(evaluation)
     app.add_typer(bench, name="bench")
 
 
