@@ -10,6 +10,7 @@ import typer
 from hcx.cli.bench_codes import fixed_to_fixed
 from hcx.cli.bench_compress import compress
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
+from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_seven_b import compress_seven_b
 from hcx.cli.bench_tokenizer import tokenizer
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     bench.command("fixed-to-fixed")(fixed_to_fixed)
     bench.command("compress")(compress)
     bench.command("compress-7b")(compress_seven_b)
+    bench.command("eval")(evaluation)
     app.add_typer(bench, name="bench")
 
 

@@ -99,11 +99,18 @@ def _any_task(parts: Mapping[str, tuple[Any, Rows]]) -> Measured:
     for label, name, filtered in _metrics(parts):
         by_part = {part: [row for row in rows if row["filter"] == filtered] for part, (_, rows) in parts.items()}
         aggregations = {part: parts[part][0].aggregation()[name] for part, rows in by_part.items() if rows}
-        items = [row for rows in by_part.values() for row in rows]
-        metrics[label] = _estimate(name, items, next(iter(aggregations.values()))).to_json()
+        # An item that a metric does not score has None there; it is neither right nor wrong.
+        items = [row for rows in by_part.values() for row in rows if row[name] is not None]
+        estimate = _estimate(name, items, next(iter(aggregations.values()))) if items else None
+        if estimate is None or not math.isfinite(estimate.value):
+            # No item of the kind that it is defined on: no number, and not one that reads as a score.
+            continue
+        metrics[label] = estimate.to_json()
         if len(parts) > 1:
-            means = [aggregations[part]([row[name] for row in rows]) for part, rows in by_part.items() if rows]
+            means = [float(aggregations[part]([row[name] for row in rows])) for part, rows in by_part.items() if rows]
             macro = math.fsum(means) / len(means)
+            if not math.isfinite(macro):
+                continue
             metrics[f"{label}_macro"] = Estimate(
                 macro, None, None, len(means), None, f"mean of {len(means)} parts"
             ).to_json()

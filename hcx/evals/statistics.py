@@ -105,6 +105,10 @@ def bootstrap(rows: np.ndarray, score: Callable[[np.ndarray], float], resamples:
         return Estimate(value, None, None, n, None, "too few items")
     generator = np.random.default_rng(SEED)
     scores = np.array([score(rows[generator.integers(0, n, n)]) for _ in range(resamples)])
+    # A resample may hold no item of a kind that the score divides by; it says nothing about the score.
+    scores = scores[np.isfinite(scores)]
+    if len(scores) < resamples // 2:
+        return Estimate(value, None, None, n, None, "too few items")
     widening = math.sqrt(n / (n - 1))
     tail = 100 * NORMAL.cdf(-widening * student_t95(n - 1))
     low, high = np.percentile(scores, [tail, 100 - tail])

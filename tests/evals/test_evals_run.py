@@ -147,7 +147,7 @@ def test_tasks_and_suite_together_are_refused(model):
 
 
 def test_check_builds_one_request_of_each_task(item_files):
-    rows = check(data=item_files)
+    rows = check(ALL, item_files)
     assert {row["name"] for row in rows} == set(ALL)
     assert all(row["status"] == "runs" and row["items"] and row["request"] for row in rows)
 
@@ -193,7 +193,7 @@ def test_an_unknown_task_is_the_users_to_mend(model, tmp_path):
 
 
 def test_every_shipped_task_finds_its_shipped_items():
-    rows = {row["name"]: row for row in check()}
+    rows = {row["name"]: row for row in check(ALL)}
     assert {row["status"] for row in rows.values()} == {"runs"}
     assert (rows["hcx_kmmlu_dev225"]["items"], rows["hcx_mmlu_dev282"]["items"]) == (225, 282)
     assert rows["hcx_bpb_ko"]["items"] >= 50
