@@ -51,8 +51,9 @@ def recipe(directory: Path) -> TrainRecipe:
 
 
 def metrics(out: str) -> list[dict[str, float]]:
-    """What does not depend on time, by step."""
-    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """What does not depend on time, by step; events (starts, endings) are not part of what was computed."""
+    lines = Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "event" not in row]
     keep = ("step", "train/loss", "train/lr", "train/grad_norm", "train/tokens", "validation/", "data/share")
     return [{key: value for key, value in row.items() if key.startswith(keep)} for row in rows]
 
