@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 BUDGET_MINUTES = defaultdict(
-    lambda: 2.0, {"engine": 6.0, "parity": 6.0, "main path": 6.0, "kernels": 3.0, "train": 3.0}
+    lambda: 2.0, {"engine": 6.0, "parity": 6.0, "main path": 6.0, "kernels": 3.0, "train": 3.0, "slurm": 3.0}
 )
 """What each room may take on two cores; a room over its budget is shown as such in the summary."""
 

@@ -7,13 +7,15 @@ without reading everything again. The format is a length, a JSON header and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hcx.artifacts.durable import Buffer, nothing, write_durably
+from hcx.artifacts.durable import PIECE_BYTES, Buffer, nothing, write_atomically, write_durably
 
 _NAMES = {
     torch.int64: "I64",
@@ -25,6 +27,99 @@ _NAMES = {
     torch.uint8: "U8",
 }
 """In the library's order: wide types first, so that every value is aligned."""
+
+
+def join_safetensors(
+    directory: Path, parts: Sequence[Path], stem: str, max_bytes: int, progress: Callable[[], None] = nothing
+) -> int:
+    """Joins files into `STEM.safetensors`, or into numbered ones with an index, copying bytes and never a whole file.
+
+    Args:
+        directory: where the result goes.
+        parts: safetensors files with different names of tensors; a part is never cut.
+        stem: of the new files.
+        max_bytes: of the values in a file, unless one part alone has more.
+        progress: called after every write.
+
+    Returns:
+        The number of bytes of all tensors.
+
+    Raises:
+        OSError: the disk is full, a part cannot be read, ...
+    """
+    headers = [_header(part) for part in parts]
+    sizes = [sum(tensor.size for tensor in header) for header in headers]
+    groups: list[list[_Stored]] = []
+    filled = 0
+    for header, size in zip(headers, sizes, strict=True):
+        if not groups or filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += header
+        filled += size
+    weight_map: dict[str, str] = {}
+    for count, group in enumerate(groups, 1):
+        numbered = f"{stem}-{count:05d}-of-{len(groups):05d}.safetensors"
+        name = numbered if len(groups) > 1 else f"{stem}.safetensors"
+        # Wide types first, as in the library's own files: every value stays aligned.
+        _write_copies(directory / name, sorted(group, key=lambda tensor: -tensor.width), progress)
+        weight_map.update((tensor.name, name) for tensor in group)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        write_atomically(directory / f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    return sum(sizes)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file that this module wrote."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: list[int]
+    start: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        return next(torch.empty(0, dtype=dtype).element_size() for dtype, name in _NAMES.items() if name == self.dtype)
+
+
+def _header(path: Path) -> list[_Stored]:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    return [
+        _Stored(name, path, entry["dtype"], entry["shape"], 8 + length + first, last - first)
+        for name, entry in entries.items()
+        for first, last in [entry["data_offsets"]]
+    ]
+
+
+def _write_copies(path: Path, tensors: Sequence[_Stored], progress: Callable[[], None]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        offsets = [start, start + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+        start += tensor.size
+
+    def pieces() -> Iterator[Buffer]:
+        yield _encoded(header)
+        for tensor in tensors:
+            with open(tensor.path, "rb") as file:
+                file.seek(tensor.start)
+                for done in range(0, tensor.size, PIECE_BYTES):
+                    yield file.read(min(PIECE_BYTES, tensor.size - done))
+
+    write_durably(path, pieces(), progress)
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_safetensors(
@@ -47,11 +142,9 @@ def write_safetensors(
         stop = start + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
 
     def pieces() -> Iterator[Buffer]:
-        yield len(text).to_bytes(8, "little") + text
+        yield _encoded(header)
         for name in order:
             yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hcx.cli.bench_codes import fixed_to_fixed
+from hcx.cli.bench_compress import compress
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
 from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_tokenizer import tokenizer
@@ -22,6 +24,8 @@ def register(app: typer.Typer) -> None:
     bench.command("tokenizer")(tokenizer)
     bench.command("kernels")(kernels)
     bench.command("decode")(decode)
+    bench.command("fixed-to-fixed")(fixed_to_fixed)
+    bench.command("compress")(compress)
     app.add_typer(bench, name="bench")
 
 

@@ -10,8 +10,10 @@ import typer
 from hcx.cli.output import echo, print_json, table
 
 if TYPE_CHECKING:
-    from hcx.compress import CompressionSummary, CompressPlan
+    from hcx.compress import CompressionSummary, CompressPlan, PreviewRow
     from hcx.data import MicroBatch
+    from hcx.kernels import PackedWeight
+    from hcx.recipe.allocation import AllocationReport
 
 PLANS = "launch/compress"
 
@@ -45,6 +47,12 @@ def compress(
         Path | None,
         typer.Option(help="shards whose held-out text --report reads; those MODEL was trained on if absent"),
     ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option("--average-bits", help="planes per weight on average: measure sensitivities, then allocate"),
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="what gets a width of its own: layer, type or matrix")] = "layer",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, and compress nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
 ) -> None:
     """Compresses the linear layers of every block; embedding, output and norms are kept unless a plan says otherwise.
@@ -52,16 +60,17 @@ def compress(
     --bits, --group-size, --method, --offset, --widths and --feedback change the plan's default; without --plan they are
     the plan.
     """
-    from hcx.compress import compress_model
+    from hcx.compress import compress_model, plan_rows
     from hcx.errors import ConfigError
-    from hcx.model.load import ModelFiles, canonical_names
-    from hcx.obs import Progress
+    from hcx.obs import Progress, get_logger
 
     nested = _widths(widths)
     if bits is None and nested is not None:
         bits = nested[-1]
-    if plan is None and bits is None:
-        raise ConfigError("say how: --bits N (1 to 8), or --plan FILE")
+    if plan is None and bits is None and average_bits is None:
+        raise ConfigError("say how: --bits N (1 to 8), --average-bits B, or --plan FILE")
+    if bits is not None and average_bits is not None:
+        raise ConfigError("--bits gives every layer the same width, --average-bits chooses: take one")
     given = {
         "bits": bits,
         "group_size": group_size,
@@ -71,14 +80,31 @@ def compress(
         "feedback": feedback,
     }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
-    text = (shards or _training_shards(model)) if report else None
+    text = (shards or training_shards(model)) if report or average_bits is not None else None
+    if average_bits is not None:
+        from hcx.recipe.allocation import allocate_bits
+
+        log = get_logger(__name__)
+        allocation = allocate_bits(
+            model, str(text), average_bits, chosen, by=by, progress=lambda read: log.info("measured %s", read)
+        )
+        chosen = allocation.plan
+        if not as_json:
+            _show_allocation(allocation)
+    rows, total = plan_rows(model, chosen)
+    if dry_run and as_json:
+        print_json([_row_values(row) for row in rows])
+        return
+    if not as_json:
+        _show_plan(model, rows)
+    if dry_run:
+        return
     batches = _calibration(model, chosen, plan, calibration)
-    with ModelFiles(model) as files:
-        total = len(canonical_names(files))
+    found = _search(model, out, chosen, batches) if chosen.search is not None and batches is not None else None
     with Progress("compressing", total, "tensors") as progress:
-        summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches)
+        summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches, found)
     quality = None
-    if text is not None:
+    if report and text is not None:
         from hcx.recipe.quality import measure_quality
 
         label = f"{summary.bits_per_weight:.2f} bits per weight"
@@ -113,6 +139,33 @@ def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
     return chosen.model_copy(update={"default": default})
 
 
+def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]) -> dict[str, PackedWeight]:
+    """Searches beside OUT, in a directory that a later call with the same command goes on from."""
+    import json
+
+    from hcx.artifacts.durable import write_atomically
+    from hcx.compress.run import choose_modules
+    from hcx.compress.search_model import outcome_dict, search_model
+    from hcx.errors import ConfigError
+    from hcx.model.load import ModelFiles, canonical_names
+    from hcx.obs import Progress, get_logger
+
+    if out.exists():
+        raise ConfigError(f"{out}: already exists; choose another directory or remove it")
+    kept = out.with_name(f"{out.name}.search")
+    with ModelFiles(model) as files:
+        total = len(choose_modules(files, canonical_names(files), chosen))
+    with Progress("searching", total, "layers") as progress:
+        found, outcome = search_model(model, chosen, text, kept, lambda _: progress.advance())
+    losses = {name: sum(by.values()) / len(by) for name, by in outcome.held_out.items()}
+    told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    get_logger(__name__).info(
+        "%d evaluations; held-out loss: %s nats per token; kept: %s", outcome.evaluations, told, outcome.chosen
+    )
+    write_atomically(kept / "search.json", (json.dumps(outcome_dict(outcome), indent=1) + "\n").encode())
+    return found
+
+
 def _widths(given: str | None) -> list[int] | None:
     from hcx.errors import ConfigError
 
@@ -145,12 +198,12 @@ def _calibration(
     texts = bool(chosen.calibration.texts)
     if texts and directory is not None:
         raise ConfigError("--calibration DIR beside calibration.texts in the plan; give one of them")
-    shards = None if texts else ShardSet.open(directory or _training_shards(model, "--calibration"))
+    shards = None if texts else ShardSet.open(directory or training_shards(model, "--calibration"))
     folder = Path(plan).parent if plan is not None and Path(plan).exists() else None
     return calibration_batches(chosen.calibration, max_seq_len, tokenizer, shards, folder)
 
 
-def _training_shards(model: Path, option: str = "--shards") -> Path:
+def training_shards(model: Path, option: str = "--shards") -> Path:
     """The shards that the model's manifest names, if they still lie there."""
     from hcx.artifacts import artifact_input, is_complete, read_manifest
     from hcx.errors import ConfigError
@@ -163,6 +216,53 @@ def _training_shards(model: Path, option: str = "--shards") -> Path:
     raise ConfigError(
         f"{'--report' if option == '--shards' else 'calibration'}: the manifest of {model} leads to no shards that are "
         f"there; name some with {option} DIR"
+    )
+
+
+def _row_values(row: PreviewRow) -> dict[str, object]:
+    return {
+        "rule": row.rule,
+        "modules": list(row.modules),
+        "count": row.count,
+        "weights": row.weights,
+        "size_bytes": row.size_bytes,
+        "bits_per_weight": row.bits_per_weight,
+        "settings": None if row.settings is None else row.settings.model_dump(mode="json"),
+    }
+
+
+def _show_plan(model: Path, rows: list[PreviewRow]) -> None:
+    def settings(row: PreviewRow) -> str:
+        if row.settings is None:
+            return "as it is"
+        return f"{row.settings.bits} bits, groups of {row.settings.group_size}\n{row.settings.method}"
+
+    table(
+        f"plan for {model}",
+        ("rule", "matrices", "settings", "weights", "bits each", "MB"),
+        [
+            (
+                row.rule,
+                f"{row.count} x\n" + "\n".join(row.modules),
+                settings(row),
+                f"{row.weights:,}",
+                f"{row.bits_per_weight:.3f}",
+                f"{row.size_bytes / 1e6:.2f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def _show_allocation(found: AllocationReport) -> None:
+    widths = sorted(next(iter(found.rises.values())))
+    table(
+        f"rise of the held-out loss (nats per token, worst language); {found.average_bits:.3f} bits on average",
+        ("layers", "bits", *(f"at {width}" for width in widths)),
+        [
+            (name, found.allocation.bits[name], *(f"{max(rises[width].values()):+.4f}" for width in widths))
+            for name, rises in found.rises.items()
+        ],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hcx.cli.evaluate_verbs import OTHER_VERBS, Request
 from hcx.cli.output import echo, print_json
 from hcx.errors import EvalError
 
@@ -17,12 +18,24 @@ def register(app: typer.Typer) -> None:
 
     @app.command("eval")
     def evaluate(
-        model: Annotated[Path | None, typer.Argument(help="A model directory, full precision or BCQ.")] = None,
-        suite: Annotated[str | None, typer.Option(help="A list of tasks by name: smoke, demo (default).")] = None,
+        model: Annotated[
+            Path | None, typer.Argument(help="A model directory, full precision or BCQ; or fetch, table, redteam, ...")
+        ] = None,
+        rest: Annotated[list[str] | None, typer.Argument(help="What fetch, table, redteam, ... work on.")] = None,
+        suite: Annotated[
+            str | None, typer.Option(help="A list of tasks by name: demo (default), korean, hcx-report, ...")
+        ] = None,
         tasks: Annotated[str | None, typer.Option(help="Names of tasks, separated by commas.")] = None,
         limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
         out: Annotated[Path | None, typer.Option(help="New directory for results.json and the samples.")] = None,
-        data: Annotated[Path | None, typer.Option(help="Folder of item files that are not shipped.")] = None,
+        data: Annotated[
+            Path | None, typer.Option(help="A bundle of hcx eval fetch, or a folder of item files.")
+        ] = None,
+        source: Annotated[Path | None, typer.Option("--from", help="fetch: a folder of published files.")] = None,
+        language: Annotated[str, typer.Option(help="table: ko or en.")] = "en",
+        against: Annotated[Path | None, typer.Option(help="contamination: training text, JSON lines.")] = None,
+        poll: Annotated[float | None, typer.Option(help="watch: go on, looking every so many seconds.")] = None,
+        deterministic: Annotated[bool, typer.Option(help="The same bits at any batch size; slower.")] = False,
         batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
         adapter: Annotated[
             Path | None, typer.Option(help="Adapter directory: PEFT's form, or an AlphaTuning task.")
@@ -36,7 +49,10 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Evaluate a model: bits per byte, knowledge, translation, each with its interval.
 
-        Also: `hcx eval --list` and `hcx eval --check`. All tasks are offline.
+        Also: `hcx eval --list`, `hcx eval --check`, `hcx eval fetch SUITE... --out BUNDLE`,
+        `hcx eval table RESULTS...`, `hcx eval contamination SUITE... --against FILE`, `hcx eval redteam LOG --out DIR`,
+        `hcx eval fit-toxicity FILE --out SCORER`, `hcx eval watch RUN --suite NAME --out DIR`.
+        Only `fetch` uses a network.
         """
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
         if names == []:
@@ -47,6 +63,12 @@ def register(app: typer.Typer) -> None:
             _check(names, data, as_json)
         elif model is None:
             raise EvalError("name a model directory, or use --list or --check")
+        elif str(model) in OTHER_VERBS and not model.exists():
+            OTHER_VERBS[str(model)](
+                Request(tuple(rest or ()), out, source, data, language, against, as_json, names, limit, suite, poll)
+            )
+        elif rest:
+            raise EvalError(f"{rest[0]!r} after {str(model)!r}: give one model; other work: {', '.join(OTHER_VERBS)}")
         else:
             from hcx.evals import evaluate as run
             from hcx.evals.run import choose
@@ -67,6 +89,7 @@ def register(app: typer.Typer) -> None:
                 device=device,
                 dtype=dtype,
                 adapter=adapter,
+                deterministic=deterministic,
             )
             if as_json:
                 print_json(results)

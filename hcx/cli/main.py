@@ -30,6 +30,7 @@ VERBS: tuple[str, ...] = (
     "plan",
     "train",
     "launch",
+    "tune",
     "convert",
     "compress",
     "evaluate",

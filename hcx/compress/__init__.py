@@ -6,7 +6,8 @@ from hcx.compress.divergence import Divergence, divergence, divergence_by_langua
 from hcx.compress.feedback import quantize_to_outputs
 from hcx.compress.nested import quantize_nested
 from hcx.compress.plan import Calibration, CompressPlan, ModulePlan, PlanRule
-from hcx.compress.run import CompressionSummary, compress_model
+from hcx.compress.preview import PreviewRow
+from hcx.compress.run import CompressionSummary, compress_model, plan_rows
 from hcx.compress.uniform import from_uniform, quantize_uniform, search_uniform
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "InputStatistics",
     "ModulePlan",
     "PlanRule",
+    "PreviewRow",
     "collect",
     "compress_model",
     "divergence",
     "divergence_by_language",
     "from_uniform",
+    "plan_rows",
     "quantize",
     "quantize_nested",
     "quantize_to_outputs",

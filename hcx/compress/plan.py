@@ -170,6 +170,8 @@ class PlanRule(Config):
 
     pattern: str
     """A shell pattern over module names, such as `*.down_proj` or `model.layers.0.*`."""
+    scheme: str | None = None
+    """The name of an entry of `schemes`; what the rule states beside it changes the scheme."""
     keep: bool = False
     """Keep the weight as it is."""
     bits: Bits | None = None
@@ -199,12 +201,13 @@ class PlanRule(Config):
 
     def changes(self) -> dict[str, object]:
         """What it states, by name."""
-        return self.model_dump(exclude={"pattern", "keep"}, exclude_none=True)
+        return self.model_dump(exclude={"pattern", "keep", "scheme"}, exclude_none=True)
 
     @model_validator(mode="after")
     def _check_keep(self) -> Self:
-        if self.keep and self.changes():
-            raise ValueError(f"keep: true beside {', '.join(self.changes())}; a kept weight has no settings")
+        stated = [*(["scheme"] if self.scheme is not None else []), *self.changes()]
+        if self.keep and stated:
+            raise ValueError(f"keep: true beside {', '.join(stated)}; a kept weight has no settings")
         return self
 
 
@@ -233,11 +236,30 @@ class Calibration(Config):
         return value
 
 
+class SearchPlan(Config):
+    """Clip and rounding of every layer chosen by the task loss (in the style of Q-Rater); grids are even."""
+
+    rounds: Annotated[int, _within(1)] = 2
+    """Over all knobs of a layer; two rounds are 75 evaluations of the loss for each layer."""
+    sampler: Literal["coordinate", "random", "tpe"] = "coordinate"
+    """Coordinate descent over the grids, or as many evaluations by one of optuna's samplers."""
+    slack: Annotated[float, Field(ge=0)] = 0.02
+    """Nats per token by which a winner may be worse than the one before it in any one language."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the calibration text that no search sees; the choice at the end is made on it."""
+    seed: int = 0
+    """Of the samplers."""
+
+
 class CompressPlan(Config):
     """A compression of the linear layers of every block; the norms are always kept."""
 
+    schemes: dict[str, ModulePlan] = Field(default_factory=dict)
+    """Settings by name, for rules to choose from."""
     default: ModulePlan = ModulePlan()
-    """Settings of every linear layer that no rule names."""
+    """Settings of every linear layer that no rule names, and of what a rule without a scheme leaves out."""
+    covers: Literal["all", "named"] = "all"
+    """`named`: the rules must name every linear layer; one that they leave to the default is an error."""
     rules: tuple[PlanRule, ...] = ()
     """Exceptions, first match first."""
     embedding: ModulePlan | None = None
@@ -246,9 +268,22 @@ class CompressPlan(Config):
     """Settings of an output matrix of its own; kept if absent."""
     calibration: Calibration = Calibration()
     """What activation-aware methods read."""
+    search: SearchPlan | None = None
+    """Search clip and rounding by the task loss; `method: uniform` only."""
 
     @model_validator(mode="after")
     def _check_statistics(self) -> Self:
+        if self.search is not None:
+            stated: list[ModulePlan | PlanRule] = [self.default, *(rule for rule in self.rules if not rule.keep)]
+            if any(one.method not in ("uniform", None) or one.feedback or one.widths for one in stated):
+                raise ValueError("search: chooses clip and rounding of even grids; set method: uniform, no other")
+            if any(one.scale_dtype not in ("fp16", None) for one in stated):
+                raise ValueError("search: steps are stored as fp16; leave scale_dtype")
+            if self.embedding is not None or self.output is not None or self.calibration.scaling:
+                raise ValueError(
+                    "search: is for the linear layers of the blocks as they are; leave out embedding, "
+                    "output and calibration.scaling"
+                )
         for name, settings in (("embedding", self.embedding), ("output", self.output)):
             if settings is not None and settings.needs_statistics:
                 raise ValueError(f"{name}: importance and feedback are for the linear layers of the blocks only")
@@ -258,7 +293,7 @@ class CompressPlan(Config):
     def needs_calibration(self) -> bool:
         """Whether calibration text is read at all."""
         by_rule = any(rule.importance or rule.feedback for rule in self.rules)
-        return self.calibration.scaling or self.default.needs_statistics or by_rule
+        return self.search is not None or self.calibration.scaling or self.default.needs_statistics or by_rule
 
     @model_validator(mode="after")
     def _check_clusters(self) -> Self:
@@ -279,21 +314,49 @@ class CompressPlan(Config):
             return self.default
         if rule.keep:
             return None
-        return ModulePlan.model_validate({**self.default.model_dump(), **rule.changes()})
+        base = self.default if rule.scheme is None else self.schemes[rule.scheme]
+        return ModulePlan.model_validate({**base.model_dump(), **rule.changes()})
+
+    def rule_of(self, stem: str) -> str:
+        """What decides on a module: a rule's pattern (and its scheme), `default`, `embedding` or `output`."""
+        if stem in ("model.embed_tokens", "lm_head"):
+            return "embedding" if stem == "model.embed_tokens" else "output"
+        rule = next((rule for rule in self.rules if fnmatchcase(stem, rule.pattern)), None)
+        if rule is None:
+            return "default"
+        return rule.pattern if rule.scheme is None else f"{rule.pattern} ({rule.scheme})"
+
+    @model_validator(mode="after")
+    def _check_schemes(self) -> Self:
+        for number, rule in enumerate(self.rules):
+            if rule.scheme is not None and rule.scheme not in self.schemes:
+                raise ValueError(
+                    f"rules.{number}.scheme = {rule.scheme!r} is no entry of schemes; "
+                    f"{did_you_mean(rule.scheme, self.schemes)}"
+                )
+        unused = sorted(set(self.schemes) - {rule.scheme for rule in self.rules})
+        if unused:
+            raise ValueError(f"schemes.{unused[0]} is used by no rule")
+        return self
 
     def check_rules(self, stems: Sequence[str]) -> None:
-        """Refuses a rule that changes nothing: it is a slip of the pen.
+        """Refuses a rule that changes nothing and, with `covers: named`, a layer without a rule: slips of the pen.
 
         Args:
             stems: the linear layers of the blocks.
 
         Raises:
-            ConfigError: naming the rule, and whether it matches nothing or an earlier one takes all its modules.
+            ConfigError: naming the rule, and whether it matches nothing or an earlier one takes all its modules; or
+                naming the layer.
         """
         used: set[int] = set()
         for stem in stems:
             matching = [number for number, rule in enumerate(self.rules) if fnmatchcase(stem, rule.pattern)]
             used.update(matching[:1])
+            if not matching and self.covers == "named":
+                raise ConfigError(
+                    f"covers: named, and no rule names {stem}; add one, or let the default have it with covers: all"
+                )
         for number, rule in enumerate(self.rules):
             if number in used:
                 continue

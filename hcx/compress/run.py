@@ -1,25 +1,31 @@
-"""Compresses a model directory, one tensor at a time."""
+"""Compresses a model, one tensor at a time and one layer per file: it needs little memory and can be resumed."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hcx.artifacts import artifact_input, digest_file, new_artifact
-from hcx.compress.calibration import BlockResult, Calibrator, InputStatistics
+from hcx.artifacts.manifest import producer
+from hcx.artifacts.tensors import join_safetensors
+from hcx.compress.calibrated import CalibratedBlocks, calibration_digest
 from hcx.compress.plan import CompressPlan, ModulePlan
-from hcx.compress.scaling import ScaleSearch
-from hcx.compress.uniform import quantize_uniform
+from hcx.compress.preview import PreviewRow, preview
+from hcx.compress.work import DiskFull, WorkDirectory, in_layers, told_if_full
 from hcx.data.batch import MicroBatch
-from hcx.errors import CheckpointError, ConfigError
+from hcx.errors import CheckpointError, ConfigError, HcxError
 from hcx.kernels import PackedWeight
-from hcx.model.convert.hf import write_json, write_weights
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
+from hcx.kernels.segmented import SegmentedWeight
+from hcx.model.convert.hf import MAX_SHARD_BYTES, write_json
 from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 
 STEM = "bcq"
@@ -116,34 +122,58 @@ def compress_model(
     plan: CompressPlan,
     progress: Callable[[str], None] | None = None,
     calibration: Sequence[MicroBatch] | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> CompressionSummary:
-    """Writes a compressed copy of a model directory.
+    """Writes a compressed copy of a model, layer by layer; what was killed goes on where it was when called again.
 
     Args:
-        source: a full-precision MODEL directory.
-        out: must not exist; complete or absent afterwards.
+        source: a full-precision MODEL, a directory or a GGUF file.
+        out: must not exist; complete or absent afterwards. Unfinished work lies beside it, in `.NAME.work`.
         plan: what becomes of each weight.
         progress: called with each finished tensor's name.
         calibration: the text that activation-aware methods read; see `calibration_batches`.
+        found: stem -> weight that was packed beforehand, of every module that the plan quantizes (`search_model`).
+        max_shard_bytes: a new weight file begins beyond this size.
 
     Raises:
         HcxError: the plan needs calibration text and there is none, the source is no full-precision model, a rule
-            matches nothing, or `out` exists.
+            matches nothing, `out` exists, unfinished work of another plan lies there, or the disk is full.
     """
     source, out = Path(source), Path(out)
-    if plan.needs_calibration and calibration is None:
+    if plan.search is not None and found is None:
+        raise ConfigError("this plan searches: run search_model first, and give what it found")
+    if plan.needs_calibration and calibration is None and found is None:
         raise ConfigError("this plan reads calibration text: name shards, or files in calibration.texts")
     summary = CompressionSummary(out)
     with ModelFiles(source) as files:
         if files.modules:
             raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
         names = canonical_names(files)
-        chosen = _choose(files, names, plan)
+        chosen = choose_modules(files, names, plan)
         entries: dict[str, Any] = {}
-        with new_artifact(out, "model", plan, [artifact_input("model", source)]) as artifact:
-            blocks = _Blocks(files, chosen, plan, calibration) if plan.needs_calibration and calibration else None
-            tensors = _compressed(files, names, chosen, summary, entries, progress, blocks)
-            write_weights(artifact.path, tensors, stem=STEM)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            # The artifact says so too, but only when hours have passed.
+            raise CheckpointError(f"{out}: already exists; choose another directory or remove it")
+        origin = artifact_input("model", source)
+        identity = {"source": origin.digest, "plan": plan.model_dump(mode="json"), "format": FORMAT_VERSION}
+        identity["hcx"] = producer()["version"]
+        blocks: CalibratedBlocks | None = None
+        if plan.needs_calibration and calibration is not None:
+            identity["calibration"] = calibration_digest(calibration)
+        if plan.needs_calibration and calibration is not None and found is None:
+            blocks = CalibratedBlocks(files, chosen, plan, calibration)
+
+        def compressed(layer: list[str]) -> Iterator[tuple[str, Tensor]]:
+            return _compressed(files, layer, chosen, summary, entries, progress, blocks, found)
+
+        with (
+            _resumable(out, identity) as work,
+            told_if_full(work.path),
+            new_artifact(out, "model", plan, [origin]) as artifact,
+        ):
+            parts = _layers(work, names, summary, entries, compressed, progress, blocks)
+            join_safetensors(artifact.path, parts, STEM, max_shard_bytes)
             index = artifact.path / f"{STEM}.safetensors.index.json"
             quantization = {
                 "quant_method": QUANT_METHOD,
@@ -172,8 +202,96 @@ def compress_model(
     return summary
 
 
-def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
-    """The settings of every weight that is compressed, by stem."""
+@contextmanager
+def _resumable(out: Path, identity: dict[str, Any]) -> Iterator[WorkDirectory]:
+    """The work directory of a compression: it stays where going on makes sense, and goes where it does not."""
+    path = out.with_name(f".{out.name}.work")
+    with told_if_full(path):
+        work = WorkDirectory(path, identity)
+    # Of a command that was killed while it put the layers together; the lock says that it is gone.
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield work
+    except DiskFull:
+        work.close()
+        raise
+    except HcxError:
+        # The source or the plan is at fault: neither will be the same when they are mended.
+        work.remove()
+        raise
+    except BaseException:
+        work.close()
+        raise
+    work.remove()
+
+
+def _layers(
+    work: WorkDirectory,
+    names: list[str],
+    summary: CompressionSummary,
+    entries: dict[str, Any],
+    compressed: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
+    progress: Callable[[str], None] | None,
+    blocks: CalibratedBlocks | None = None,
+) -> list[Path]:
+    """The files of all layers, those that are there already and those that are made now; fills summary and entries."""
+    parts = []
+    for number, layer in enumerate(in_layers(names)):
+        parts.append(work.layer(number))
+        record = work.finished(number)
+        if record is not None:
+            outcome = record["outcome"]
+            entries.update(outcome["entries"])
+            summary.kept_weights += outcome["kept_weights"]
+            summary.kept_bytes += outcome["kept_bytes"]
+            for module in outcome["modules"]:
+                plan = ModulePlan.model_validate(module["plan"], strict=False)
+                summary.modules.append(ModuleResult(**{**module, "plan": plan}))
+            if blocks is not None:
+                blocks.skip(layer, work.layer(number), outcome["entries"])
+            for name in layer:
+                if progress is not None:
+                    progress(name)
+            continue
+        modules, known = len(summary.modules), set(entries)
+        kept_weights, kept_bytes = summary.kept_weights, summary.kept_bytes
+        tensors = {name: tensor.contiguous() for name, tensor in compressed(layer)}
+        results = [
+            asdict(module) | {"plan": module.plan.model_dump(mode="json")} for module in summary.modules[modules:]
+        ]
+        outcome = {
+            "entries": {stem: entry for stem, entry in entries.items() if stem not in known},
+            "kept_weights": summary.kept_weights - kept_weights,
+            "kept_bytes": summary.kept_bytes - kept_bytes,
+            "modules": results,
+        }
+        work.finish(number, tensors, {"outcome": outcome})
+    return parts
+
+
+def plan_rows(source: str | Path, plan: CompressPlan) -> tuple[list[PreviewRow], int]:
+    """What the plan will do to a model, and how many tensors there are to go through; reads no weight.
+
+    Raises:
+        HcxError: as `compress_model`, as far as it shows without the weights.
+    """
+    with ModelFiles(source) as files:
+        if files.modules:
+            raise CheckpointError(f"{source}: already binary-coded; compress the full-precision model it was made from")
+        names = canonical_names(files)
+        chosen = choose_modules(files, names, plan)
+        shapes = {name: files.shape(name) for name in names}
+        dtype = str(files.values.get("dtype") or files.values.get("torch_dtype") or "float32")
+    return preview(plan, shapes, chosen, 2 if "16" in dtype else 4), len(names)
+
+
+def choose_modules(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str, ModulePlan]:
+    """The settings of every weight that is compressed, by stem.
+
+    Raises:
+        ConfigError: a rule changes nothing, or the plan keeps every weight.
+    """
     stems = [name.removesuffix(".weight") for name in names]
     linears = [stem for stem in stems if stem.startswith("model.layers.") and stem.endswith("_proj")]
     plan.check_rules(linears)
@@ -184,39 +302,6 @@ def _choose(files: ModelFiles, names: list[str], plan: CompressPlan) -> dict[str
     if not chosen:
         raise ConfigError("the plan keeps every weight; nothing would be compressed")
     return chosen
-
-
-class _Blocks:
-    """Blocks quantized with calibration text, as their tensors are asked for in the order of the layers."""
-
-    def __init__(
-        self, files: ModelFiles, chosen: dict[str, ModulePlan], plan: CompressPlan, calibration: Sequence[MicroBatch]
-    ) -> None:
-        self._chosen = chosen
-        search = ScaleSearch(self._trial) if plan.calibration.scaling else None
-        self._calibrator = Calibrator(files.config, files.read, calibration, self._quantize, search)
-        self._current = BlockResult()
-
-    def of(self, name: str) -> BlockResult | None:
-        """The block that a tensor belongs to, or None for embedding, output and the last norm."""
-        if not name.startswith("model.layers."):
-            return None
-        layer = int(name.split(".")[2])
-        while self._calibrator.layer <= layer:
-            self._current = self._calibrator.next_block()
-        return self._current
-
-    def _quantize(self, stem: str, weight: Tensor, statistics: InputStatistics) -> PackedWeight | None:
-        module = self._chosen.get(stem)
-        try:
-            return None if module is None else module.quantize(weight, statistics)
-        except ConfigError as error:
-            raise ConfigError(f"{stem}.weight: {error}") from None
-
-    def _trial(self, stem: str, weight: Tensor) -> Tensor | None:
-        # Rounding stands in for the slower methods: what counts is how hard a scaled weight is on so many levels.
-        module = self._chosen.get(stem)
-        return None if module is None else quantize_uniform(weight, module.bits, module.group_size).dequantize()
 
 
 def _weight_bytes(directory: Path) -> int:
@@ -232,7 +317,8 @@ def _compressed(
     summary: CompressionSummary,
     entries: dict[str, Any],
     progress: Callable[[str], None] | None,
-    blocks: _Blocks | None = None,
+    blocks: CalibratedBlocks | None = None,
+    found: Mapping[str, PackedWeight] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         stem = name.removesuffix(".weight")
@@ -246,7 +332,11 @@ def _compressed(
             yield name, weight
         else:
             try:
-                packed = block.packed[stem] if block is not None else module.quantize(weight.float())
+                packed: PackedWeight | MaskedWeight | EncodedWeight | SegmentedWeight
+                if found is not None:
+                    packed = found[stem]
+                else:
+                    packed = block.packed[stem] if block is not None else module.quantize(weight.float())
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
             norm = float(weight.float().norm())
@@ -261,7 +351,7 @@ def _compressed(
                     block.errors.get(stem) if block else None,
                 )
             )
-            entries[stem] = {**packed.describe(), "method": module.method}
+            entries[stem] = {**packed.describe(), "method": module.method if found is None else "loss-searched"}
             yield from packed.to_tensors(stem).items()
         if progress is not None:
             progress(name)

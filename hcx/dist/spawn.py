@@ -38,7 +38,7 @@ def run_local_ranks(command: Sequence[str], world_size: int) -> int:
     SIGTERM, SIGINT and SIGUSR1 are passed on, so that every rank can save; a killed launcher takes its ranks with it.
 
     Returns:
-        0 if every rank ended so, else the first other exit code of the lowest rank.
+        See `outcome`.
     """
     port = free_port()
     threads = max(1, (os.cpu_count() or 1) // world_size)
@@ -85,8 +85,23 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS:
             break
         time.sleep(0.05)
-    codes = [process.poll() for process in ranks]
-    return next((code if code > 0 else 1 for code in codes if code not in (None, 0)), 0)
+    return outcome([process.poll() or 0 for process in ranks])
+
+
+def outcome(codes: Sequence[int]) -> int:
+    """One exit code for a run, from those of its ranks (negative: ended by that signal).
+
+    0 if every rank ended so. A mistake (1) or something of the user's (2) counts before 75 (resumable), which is what
+    ranks end with that only lost the others. Where signals alone ended ranks, the run is resumable, unless one is a
+    crash of the process itself (SIGSEGV, SIGABRT, ...).
+    """
+    told = [code for code in codes if code > 0]
+    if told:
+        return min(told)
+    ended = {-code for code in codes if code < 0}
+    if not ended:
+        return 0
+    return os.EX_TEMPFAIL if ended <= {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} else 1
 
 
 def this_command() -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +17,32 @@ from ruamel.yaml.error import YAMLError
 from hcx.artifacts import find_resource, resource_names
 from hcx.config import Config, decode, load_config
 from hcx.errors import ConfigError, EvalError, did_you_mean
-from hcx.evals.sources import Source, missing_data
+from hcx.evals.bundle import read_index
+from hcx.evals.sources import DATA_VARIABLE, Source, data_directory, missing_data
 
 TASKS = "evals/tasks"
 SUITES = "evals/suites"
+BENCHMARKS = "evals/benchmarks"
+
+Language = Literal[
+    "ko", "en", "code", "ko-en", "en-ko", "ja-ko", "ko-ja", "zh-ko", "ko-zh", "ar", "hi", "th", "ur", "vi", "zh", "ja"
+]
+Category = Literal[
+    "language modelling",
+    "knowledge",
+    "reasoning",
+    "commonsense",
+    "factuality",
+    "mathematics",
+    "code",
+    "chat",
+    "instruction",
+    "harmlessness",
+    "translation",
+    "crosslingual",
+]
+MEANS = ("sandbox", "toxicity", "judge")
+"""Needs that are no packages."""
 
 
 class TaskMetadata(Config):
@@ -28,14 +52,66 @@ class TaskMetadata(Config):
     """Raised whenever a change makes scores incomparable."""
     suite: str
     """The suite that the task belongs to first."""
-    language: Literal["ko", "en", "code", "ko-en", "en-ko"]
+    language: Language
     """Language of the text; source-target for translation."""
-    category: Literal["language modelling", "knowledge", "translation"]
+    category: Category
     """What is measured."""
     source: Source
-    """Where the items come from."""
+    """Where the items come from; `hub`: the data set that the task file names, from a bundle."""
+    rows: tuple[str, ...] = ()
+    """Rows of the HyperCLOVA X report's list of benchmarks that this task answers."""
+    gap: str = ""
+    """Why a score must not stand beside the report's; empty where it may."""
+    needs: tuple[str, ...] = ()
+    """Packages beyond lm-eval, and `sandbox`, `toxicity` (a scorer) or `judge`."""
+    config: str | None = None
+    """Configuration of the data set, where a function reads it."""
+    layout: Literal["psm", "spm"] | None = None
+    """Order of an infilling prompt."""
     protocol: str
     """How the score comes about and what it must not be taken for, in a sentence or two."""
+
+
+class Benchmark(Config):
+    """A benchmark that is lm-eval's own task, is scored by a judge, or cannot be run by anybody outside its makers."""
+
+    name: str
+    """The name to run it by."""
+    title: str
+    """Its own name."""
+    rows: tuple[str, ...] = ()
+    """Rows of the HyperCLOVA X report's list of benchmarks."""
+    suite: str
+    """The suite that it belongs to first."""
+    language: Language
+    """Language of the text."""
+    category: Category
+    """What is measured."""
+    lm_eval: str | None = None
+    """Task or group of lm-eval that is run."""
+    exclude: tuple[str, ...] = ()
+    """Tasks of the group that are left out."""
+    shots: int | None = None
+    """Exemplars; None: what lm-eval's task says."""
+    judged: Literal["mt-bench", "komt-bench", "logickor", "factscore"] | None = None
+    """The form of dialogue and verdict."""
+    datasets: tuple[str, ...] = ()
+    """Data sets on the hub that it reads."""
+    needs: tuple[str, ...] = ()
+    """Packages beyond lm-eval, and `judge`."""
+    unavailable: str = ""
+    """Why nobody outside can run it."""
+    protocol: str
+    """How the score comes about, in a sentence or two."""
+    gap: str = ""
+    """Why a score must not stand beside the report's; empty where it may."""
+
+
+class BenchmarkFile(Config):
+    """A file under `evals/benchmarks/`."""
+
+    benchmarks: tuple[Benchmark, ...]
+    """In the order of display."""
 
 
 class SuiteTask(Config):
@@ -63,6 +139,14 @@ class TaskCard:
     name: str
     path: Path
     metadata: TaskMetadata
+    datasets: tuple[tuple[str, str | None], ...] = ()
+    shots: int | None = None
+    benchmark: Benchmark | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a task file of ours defines it."""
+        return self.benchmark is None
 
 
 @dataclass(frozen=True)
@@ -77,6 +161,10 @@ class TaskStatus:
     version: int | float
     status: Literal["runs", "needs-data", "unavailable"]
     reason: str
+    rows: list[str]
+    shots: int | None
+    protocol: str
+    gap: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for scripts."""
@@ -108,17 +196,42 @@ def tasks_directory() -> Path:
 
 
 def task_cards() -> dict[str, TaskCard]:
-    """Every shipped task by name.
+    """Every task and benchmark by name.
 
     Raises:
-        ConfigError: a task file is malformed or its metadata is.
+        ConfigError: a file is malformed, its metadata is, or two have one name.
     """
-    cards = {}
+    cards: dict[str, TaskCard] = {}
     for path in sorted(tasks_directory().rglob("*.yaml")):
         values = _read_task(path)
         metadata = decode(TaskMetadata, values.get("metadata") or {}, f"{path}: metadata")
-        cards[values["task"]] = TaskCard(values["task"], path, metadata)
+        datasets: tuple[tuple[str, str | None], ...] = ()
+        if "dataset_path" in values:
+            datasets = ((values["dataset_path"], values.get("dataset_name")),)
+        _add(cards, TaskCard(values["task"], path, metadata, datasets, values.get("num_fewshot")))
+    for name in resource_names(BENCHMARKS):
+        path = find_resource(name)
+        for benchmark in load_config(BenchmarkFile, path).benchmarks:
+            metadata = TaskMetadata(
+                version=1,
+                suite=benchmark.suite,
+                language=benchmark.language,
+                category=benchmark.category,
+                source="hub",
+                rows=benchmark.rows,
+                gap=benchmark.gap,
+                needs=benchmark.needs,
+                protocol=benchmark.protocol,
+            )
+            datasets = tuple((path, None) for path in benchmark.datasets)
+            _add(cards, TaskCard(benchmark.name, path, metadata, datasets, benchmark.shots, benchmark))
     return dict(sorted(cards.items()))
+
+
+def _add(cards: dict[str, TaskCard], card: TaskCard) -> None:
+    if card.name in cards:
+        raise ConfigError(f"{card.path}: task {card.name!r} is defined in {cards[card.name].path} too")
+    cards[card.name] = card
 
 
 def suite_names() -> list[str]:
@@ -165,26 +278,75 @@ def status_of(card: TaskCard, data: str | Path | None = None) -> TaskStatus:
 
     Args:
         card: the task.
-        data: folder of item files that are not shipped.
+        data: a bundle, or a folder of item files that are not shipped.
     """
     meta = card.metadata
     status: Literal["runs", "needs-data", "unavailable"] = "runs"
     reason = ""
     absent = [name for name in _needed_packages(meta) if not is_installed(name)]
-    if absent:
+    if card.benchmark is not None and card.benchmark.unavailable:
+        status, reason = "unavailable", card.benchmark.unavailable
+    elif absent:
         status = "unavailable"
         reason = f"needs {' and '.join(absent)}; install with: pip install 'hcx-llm[eval]'"
+    elif "sandbox" in meta.needs and sys.platform != "linux":
+        status, reason = "unavailable", "generated code runs in a sandbox of Linux namespaces only"
     else:
-        reason = missing_data(meta.source, meta.language, data) or ""
+        reasons = [_missing_data(card, data), *(_missing_means(need) for need in meta.needs)]
+        reason = "; ".join(text for text in reasons if text)
         status = "needs-data" if reason else "runs"
-    suites = [name for name in suite_names() if any(task.name == card.name for task in _suite(name).tasks)]
-    return TaskStatus(card.name, meta.suite, suites, meta.language, meta.category, meta.version, status, reason)
+    return TaskStatus(
+        name=card.name,
+        suite=meta.suite,
+        suites=[name for name in suite_names() if any(task.name == card.name for task in _suite(name).tasks)],
+        language=meta.language,
+        category=meta.category,
+        version=meta.version,
+        status=status,
+        reason=reason,
+        rows=list(meta.rows),
+        shots=card.shots,
+        protocol=meta.protocol,
+        gap=meta.gap,
+    )
 
 
+@cache
 def _suite(name: str) -> Suite:
     return load_config(Suite, find_resource(f"{SUITES}/{name}.yaml"))
 
 
+def _missing_data(card: TaskCard, data: str | Path | None) -> str:
+    if card.metadata.source != "hub":
+        return missing_data(card.metadata.source, card.metadata.language, data) or ""
+    folder = data_directory(data)
+    if folder is not None and not folder.is_dir():
+        return f"{folder}: no such folder (given by --data or {DATA_VARIABLE})"
+    if folder is not None and card.benchmark is not None and (folder / f"{card.name}.jsonl").is_file():
+        return ""
+    index = read_index(folder)
+    if index is not None:
+        if card.name in index.tasks:
+            return ""
+        held = {(entry.path, entry.name) for entry in index.datasets}
+        if card.is_ours and card.datasets and set(card.datasets) <= held:
+            return ""
+    names = ", ".join(path if name is None else f"{path} ({name})" for path, name in card.datasets)
+    return f"needs {names}: hcx eval fetch {card.name} --out BUNDLE where there is a network, then --data BUNDLE"
+
+
+def _missing_means(need: str) -> str:
+    if need == "toxicity":
+        from hcx.evals.toxicity import why_no_scorer
+
+        return why_no_scorer()
+    if need == "judge":
+        from hcx.evals.judge import why_no_judge
+
+        return why_no_judge()
+    return ""
+
+
 def _needed_packages(meta: TaskMetadata) -> list[str]:
-    needed = ["lm_eval", "transformers"]
-    return [*needed, "sacrebleu"] if meta.category == "translation" else needed
+    needed = ["lm_eval", "transformers", *(need for need in meta.needs if need not in MEANS)]
+    return [*needed, "sacrebleu"] if meta.category == "translation" and "sacrebleu" not in needed else needed

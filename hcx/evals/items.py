@@ -125,3 +125,87 @@ def translation_prompt(source: str, language: str) -> str:
         left, right = (ko, en) if language == "ko-en" else (en, ko)
         lines.append(f"{first}: {left}\n{second}: {right}\n")
     return "\n".join([*lines, f"{first}: {source}\n{second}:"])
+
+
+LANGUAGE_NAMES = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
+FLORES = {"ko": "kor_Hang", "en": "eng_Latn", "ja": "jpn_Jpan", "zh": "cmn_Hans"}
+"""FLORES+'s configurations."""
+
+
+def flores(language: str, **_: Any) -> dict[str, Any]:
+    """Sentences of FLORES+ in two languages, joined by their number: `source, reference, prompt` in dev and devtest.
+
+    Args:
+        language: source and target, such as `ja-ko`.
+    """
+    import datasets
+
+    left, right = language.split("-")
+    sides = [datasets.load_dataset("openlanguagedata/flores_plus", FLORES[code]) for code in (left, right)]
+    found = {}
+    for split in ("dev", "devtest"):
+        source, target = ({row["id"]: row["text"] for row in side[split]} for side in sides)
+        if set(source) != set(target):
+            raise DataError(f"FLORES+ {split}: {left} and {right} do not hold the same sentences")
+        found[split] = datasets.Dataset.from_list(
+            [
+                {
+                    "source": source[number],
+                    "reference": target[number],
+                    "prompt": f"{LANGUAGE_NAMES[left]}: {source[number]}\n{LANGUAGE_NAMES[right]}:",
+                }
+                for number in sorted(source, key=int)
+            ]
+        )
+    return found
+
+
+def ntrex(language: str, **_: Any) -> dict[str, Any]:
+    """NTREX-128's English and Korean sentences with the exemplars of `translation`."""
+    import datasets
+
+    pairs = datasets.load_dataset("MicrosoftTranslator/NTREX", "en-ko", split="test")
+    rows = []
+    for pair in pairs:
+        source, reference = (pair["ko"], pair["en"]) if language == "ko-en" else (pair["en"], pair["ko"])
+        rows.append({"source": source, "reference": reference, "prompt": translation_prompt(source, language)})
+    return _dataset(rows)
+
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+def hendrycks_math(**_: Any) -> dict[str, Any]:
+    """MATH, its seven subjects one after the other: `problem, solution, level, type`."""
+    import datasets
+
+    parts = [datasets.load_dataset("EleutherAI/hendrycks_math", subject) for subject in MATH_SUBJECTS]
+    return {split: datasets.concatenate_datasets([part[split] for part in parts]) for split in ("train", "test")}
+
+
+def infilling(config: str, layout: str, pretrained: Any = None, tokenizer: Any = None, **_: Any) -> dict[str, Any]:
+    """Rows of human-eval-infilling, the prompt in one order, with the sentinels of the model's tokenizer.
+
+    Args:
+        config: one of the four configurations.
+        layout: `psm` or `spm`.
+        pretrained: the model directory, which holds the tokenizer; without it the prompt shows stand-ins.
+        tokenizer: directory of the tokenizer, where the model is elsewhere.
+    """
+    import datasets
+
+    from hcx.evals.programs import Sentinels, psm, spm
+
+    directory = tokenizer or pretrained
+    sentinels = Sentinels.NAMES[0] if directory is None else Sentinels.of(directory)
+    make = psm if layout == "psm" else spm
+    rows = datasets.load_dataset("loubnabnl/humaneval_infilling", config, split="test")
+    return _dataset([{**row, "infill": make(row["prompt"], row["suffix"], sentinels)} for row in rows])

@@ -3,12 +3,12 @@
 Tokenisation, the split into context and continuation, truncation and the treatment of BOS follow
 `lm_eval.models.huggingface.HFLM` (0.4.13) step by step; what differs is only how the work is done: rows with equal
 inputs are computed once, and logits are made in chunks of the scored positions only, so that `[batch, seq, vocab]` is
-never materialised.
+never materialised, and contexts that requests share are computed once (`hcx.evals.prefix`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ class HcxLM(TemplateLM):
         numerics: class of the quantized products (`reference`, `exact`, `fast`).
         add_bos_token: force or forbid BOS; what the tokenizer says if not given.
         adapter: a directory of low-rank updates (PEFT's files); with a directory as `pretrained`.
+        deterministic: one row at a time, so that results are the same bits at any batch size; slower.
+        prefix_reuse: compute contexts that requests share once; off in deterministic mode.
 
     Raises:
         CheckpointError: the directory is not a model, or has no tokenizer.
@@ -68,6 +70,8 @@ class HcxLM(TemplateLM):
         add_bos_token: bool | None = None,
         max_batch_size: int | None = None,
         adapter: str | Path | None = None,
+        deterministic: bool | str = False,
+        prefix_reuse: bool | str = True,
     ) -> None:
         super().__init__()
         if isinstance(pretrained, (str, Path)):
@@ -87,6 +91,9 @@ class HcxLM(TemplateLM):
         self.add_bos_token = add_bos_token
         self.numerics = numerics
         self._batch_size = _batch_size(batch_size)
+        # lm-eval's command line gives texts.
+        self.deterministic = str(deterministic).lower() == "true"
+        self.prefix_reuse = str(prefix_reuse).lower() == "true"
         self._max_length = max_length
         self._device = next(self.decoder.parameters()).device
 
@@ -180,18 +187,35 @@ class HcxLM(TemplateLM):
             self._check_lengths(context, continuation)
             inputs = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             rows.setdefault(inputs, []).append(number)
-        order = sorted(rows, key=lambda inputs: (-len(inputs), inputs))
         answers: list[Answer | None] = [None] * len(requests)
         with Progress("scoring", len(requests), "requests") as progress:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                for number, answer in self._score(batch, rows, requests):
-                    answers[number] = answer
-                    key = requests[number][0]
-                    if key is not None:
-                        self.cache_hook.add_partial("loglikelihood", key, answer)
-                    progress.advance()
+            for number, answer in self._answers(rows, requests):
+                answers[number] = answer
+                key = requests[number][0]
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+                progress.advance()
         return [answer for answer in answers if answer is not None]
+
+    def _answers(self, rows: dict[tuple[int, ...], list[int]], requests: list[Request]) -> Iterator[tuple[int, Answer]]:
+        """Each request's answer, in the order of computation."""
+        if self.prefix_reuse and not self.deterministic:
+            from hcx.evals.prefix import LEAST_SAVED, PrefixScorer, families, saved_share
+
+            longest = {inputs: max(len(requests[n][2]) for n in numbers) for inputs, numbers in rows.items()}
+            found = families({inputs: len(inputs) - size for inputs, size in longest.items()})
+            if saved_share(found, self.batch_size) >= LEAST_SAVED:
+                for batch, starts, hidden in PrefixScorer(self.decoder, self.config, self.batch_size).run(found):
+                    yield from self._score(batch, starts, hidden, rows, requests)
+                return
+        order = sorted(rows, key=lambda inputs: (-len(inputs), inputs))
+        # One row of its own length at a time: no shape depends on the batch size, and so no rounding does.
+        size = 1 if self.deterministic else self.batch_size
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            with torch.no_grad():
+                hidden = self._hidden(batch)
+            yield from self._score(batch, [0] * len(batch), hidden, rows, requests)
 
     def _check_lengths(self, context: list[int], continuation: list[int]) -> None:
         if not context or not continuation:
@@ -204,9 +228,14 @@ class HcxLM(TemplateLM):
 
     @torch.no_grad()
     def _score(
-        self, batch: list[tuple[int, ...]], rows: dict[tuple[int, ...], list[int]], requests: list[Request]
+        self,
+        batch: Sequence[tuple[int, ...]],
+        starts: Sequence[int],
+        hidden: Tensor,
+        rows: dict[tuple[int, ...], list[int]],
+        requests: list[Request],
     ) -> Iterable[tuple[int, Answer]]:
-        hidden = self._hidden(batch)
+        """Answers from the hidden states of rows, of which the first `starts` tokens have none."""
         # One entry per scored position: which hidden state predicts it. Requests of one row share its positions.
         where_row: list[int] = []
         where_position: list[int] = []
@@ -217,7 +246,8 @@ class HcxLM(TemplateLM):
                 continuation = requests[number][2]
                 spans.append((number, len(labels), len(continuation)))
                 where_row += [row] * len(continuation)
-                where_position += range(len(inputs) - len(continuation), len(inputs))
+                end = len(inputs) - starts[row]
+                where_position += range(end - len(continuation), end)
                 labels += continuation
         logprobs, greedy = self._gather(hidden, where_row, where_position, labels)
         for number, start, length in spans:
@@ -266,7 +296,9 @@ class HcxLM(TemplateLM):
                 prompts = [
                     self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id] for number in numbers
                 ]
-                generator = Generator(self.loaded, self.batch_size, max_seq=max(map(len, prompts)) + limit)
+                generator = Generator(
+                    self.loaded, 1 if self.deterministic else self.batch_size, max_seq=max(map(len, prompts)) + limit
+                )
                 order = sorted(range(len(numbers)), key=lambda i: -len(prompts[i]))
                 for start in range(0, len(order), GENERATION_ROUND * self.batch_size):
                     batch = order[start : start + GENERATION_ROUND * self.batch_size]

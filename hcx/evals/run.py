@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hcx.artifacts import artifact_input, new_artifact
-from hcx.errors import EvalError, MissingExtra, did_you_mean
-from hcx.evals.catalog import TaskCard, find_tasks, is_installed, load_suite, status_of, task_cards, tasks_directory
-from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio
+from hcx.errors import EvalError, did_you_mean
+from hcx.evals.aggregate import aggregate, report_scores
+from hcx.evals.catalog import TaskCard, find_tasks, load_suite, status_of, task_cards
+from hcx.evals.chat import is_judged, run_judged
+from hcx.evals.judge import chosen_judge
+from hcx.evals.loading import LoadedTasks, load_on_samples, load_tasks, quiet_lm_eval
+from hcx.evals.measure import measure
+from hcx.evals.toxicity import scorer_identity
 
 if TYPE_CHECKING:
     from hcx.model.load import LoadedModel
 
 KIND = "eval"
 DEFAULT_SUITE = "demo"
+REPORT_SUITE = "hcx-report"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def evaluate(
     dtype: str | None = None,
     overwrite: bool = False,
     adapter: str | Path | None = None,
+    deterministic: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model.
 
@@ -100,6 +105,7 @@ def evaluate(
         dtype: of weights and activations.
         overwrite: replace what is in `out`.
         adapter: a directory of low-rank updates, computed beside the model's weights.
+        deterministic: forward passes of one shape, so that log-probabilities are the same bits at any batch size.
 
     Returns:
         The content of `results.json`.
@@ -125,6 +131,7 @@ def evaluate(
         "device": device,
         "dtype": dtype,
         "adapter": None if adapter is None else str(adapter),
+        "deterministic": deterministic,
     }
     if out is None:
         return _run(model, chosen, skipped, settings, data)[0]
@@ -163,21 +170,32 @@ def _run(
             device=settings["device"],
             numerics=settings["numerics"],
             adapter=settings["adapter"],
+            deterministic=settings["deterministic"],
         )
-        loaded = load_tasks([item.card for item in chosen], str(lm.loaded.tokenizer_directory), data)
+        runnable = [item.card for item in chosen if not is_judged(item.card)]
+        loaded = load_tasks(runnable, str(lm.loaded.tokenizer_directory), data)
         chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
         items = {
-            item.card.name: list(range(_smaller(item.limit, len(loaded["tasks"][item.card.name].eval_docs)) or 0))
+            name: list(range(_smaller(item.limit, len(loaded.tasks[name].eval_docs)) or 0))
             for item in chosen
+            for name in loaded.parts.get(item.card.name, ())
         }
         start = time.monotonic()
-        found = lm_evaluate(lm=lm, task_dict=loaded, samples=items, bootstrap_iters=0, log_samples=True)
+        found: dict[str, Any] = {}
+        if loaded.tasks:
+            found = lm_evaluate(
+                lm=lm, task_dict=loaded.for_lm_eval(), samples=items, bootstrap_iters=0, log_samples=True
+            )["samples"]
+        judged = {
+            item.card.name: run_judged(item.card, lm, data, item.limit) for item in chosen if is_judged(item.card)
+        }
         seconds = time.monotonic() - start
     results: dict[str, Any] = {
         "version": 1,
         "model": settings["model"],
         "adapter": settings["adapter"],
         "numerics": settings["numerics"],
+        "deterministic": settings["deterministic"],
         "suite": settings["suite"],
         "limit": settings["limit"],
         "seconds": round(seconds, 2),
@@ -187,29 +205,51 @@ def _run(
     samples = {}
     for item in chosen:
         name, meta = item.card.name, item.card.metadata
-        rows = sorted(found["samples"][name], key=lambda row: row["doc_id"])
-        metrics, samples[name] = measure(item.card, rows)
+        if name in judged:
+            metrics, samples[name], of = judged[name]
+            count = len(samples[name])
+        else:
+            parts = {
+                part: (loaded.tasks[part], sorted(found[part], key=lambda row: row["doc_id"]))
+                for part in loaded.parts[name]
+            }
+            metrics, samples[name] = measure(item.card, parts)
+            of = sum(len(task.eval_docs) for task, _ in parts.values())
+            count = sum(len({row["doc_id"] for row in rows}) for _, rows in parts.values())
         results["tasks"][name] = {
             "metrics": metrics,
             "language": meta.language,
             "category": meta.category,
             "version": meta.version,
             "protocol": meta.protocol,
-            "items": len(rows),
-            "of": len(loaded["tasks"][name].eval_docs),
+            "shots": item.card.shots,
+            "rows": list(meta.rows),
+            "gap": meta.gap,
+            "data": [
+                {"path": d.path, "name": d.name, "revision": d.revision, "part": d.part}
+                for d in loaded.datasets.get(name, ())
+            ],
+            "toxicity_scorer": scorer_identity() if "toxicity" in meta.needs else None,
+            "judge": chosen_judge().identity if "judge" in meta.needs else None,
+            "items": count,
+            "of": of,
             "samples": f"samples/{name}.jsonl",
         }
+    if settings["suite"] == REPORT_SUITE:
+        averages = aggregate(report_scores(results["tasks"]))
+        results["averages"] = {name: {"value": a.value, "missing": list(a.missing)} for name, a in averages.items()}
     return results, samples
 
 
 def _that_fit(
-    chosen: Sequence[Chosen], loaded: Any, max_length: int, skipped: dict[str, str], named: bool
+    chosen: Sequence[Chosen], loaded: LoadedTasks, max_length: int, skipped: dict[str, str], named: bool
 ) -> list[Chosen]:
     """The tasks whose answers fit the model; found out before hours of work, not after."""
     able = []
     for item in chosen:
         name = item.card.name
-        limit = int((loaded["tasks"][name].config.generation_kwargs or {}).get("max_gen_toks", 0))
+        tasks = [loaded.tasks[part] for part in loaded.parts.get(name, ())]
+        limit = max((int((t.config.generation_kwargs or {}).get("max_gen_toks", 0)) for t in tasks), default=0)
         if limit < max_length:
             able.append(item)
             continue
@@ -217,143 +257,69 @@ def _that_fit(
         if named:
             raise EvalError(f"task {name!r}: {reason}")
         skipped[name] = reason
-        del loaded["tasks"][name]
+        loaded.drop(name)
     if not able:
         raise EvalError("no task can run:\n" + "\n".join(f"  {name}: {why}" for name, why in skipped.items()))
     return able
 
 
-def load_tasks(cards: Sequence[TaskCard], model_directory: str | None, data: str | Path | None) -> Any:
-    """lm-eval's task objects of some tasks, with what their items need to know about the model."""
-    from lm_eval.tasks import TaskManager
-
-    metadata = {
-        "pretrained": model_directory,
-        "data": None if data is None else str(data),
-    }
-    manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata=metadata)
-    return manager.load([card.name for card in cards])
-
-
-@contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """lm-eval without its progress bars and notices, and without the network.
-
-    Raises:
-        MissingExtra: lm-eval is not installed.
-    """
-    if not is_installed("lm_eval"):
-        raise MissingExtra("lm-eval", "eval", "evaluation")
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    from tqdm import tqdm
-
-    # Bars that lm-eval offers no switch for; those with a switch are switched off where they are called.
-    shown = tqdm.__init__
-    tqdm.__init__ = partialmethod(shown, disable=True)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        tqdm.__init__ = shown  # type: ignore[method-assign]
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def measure(card: TaskCard, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics with their errors, and the rows of the samples file, from lm-eval's per-item records."""
-    by_category = {"language modelling": _documents, "knowledge": _questions, "translation": _translations}
-    return by_category[card.metadata.category](card, rows)
-
-
-def _documents(card: TaskCard, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    import math
-
-    pairs = [row["bits_per_byte"] for row in rows]
-    bits = [-logprob / math.log(2) for logprob, _ in pairs]
-    sizes = [size for _, size in pairs]
-    samples = [
-        {"item": row["doc_id"], "bits": b, "bytes": size, "doc_hash": row["doc_hash"]}
-        for row, b, size in zip(rows, bits, sizes, strict=True)
-    ]
-    return {"bits_per_byte": {**ratio(bits, sizes).to_json(), "bytes": sum(sizes)}}, samples
-
-
-def _questions(card: TaskCard, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    samples = []
-    for row in rows:
-        logprobs = [float(answer[0]) for answer in row["filtered_resps"]]
-        samples.append(
-            {
-                "item": row["doc_id"],
-                "subject": row["doc"].get("subject"),
-                "gold": int(row["target"]),
-                "chosen": max(range(len(logprobs)), key=logprobs.__getitem__),
-                "logprobs": logprobs,
-                "correct": bool(row["acc"]),
-                "doc_hash": row["doc_hash"],
-            }
-        )
-    chance = sum(1 / len(sample["logprobs"]) for sample in samples) / len(samples)
-    return {"acc": accuracy([float(row["acc"]) for row in rows], chance).to_json()}, samples
-
-
-def _translations(card: TaskCard, rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from hcx.evals.translation_metrics import metric
-
-    target = card.metadata.language.split("-")[1]
-    scorers = {"chrf++": metric("chrf++"), "bleu": metric("bleu", "char" if target == "ko" else "13a")}
-    metrics = {}
-    for name, scorer in scorers.items():
-        estimate: Estimate = bootstrap(scorer.counts([tuple(row[name]) for row in rows]), scorer.score)
-        metrics[name] = {**estimate.to_json(), "signature": scorer.signature}
-    samples = [
-        {
-            "item": row["doc_id"],
-            "source": row["doc"]["source"],
-            "reference": row["doc"]["reference"],
-            "output": row["chrf++"][1],
-        }
-        for row in rows
-    ]
-    return metrics, samples
-
-
 def check(tasks: Sequence[str] | None = None, data: str | Path | None = None) -> list[dict[str, Any]]:
-    """Loads each task, finds its items and builds one request, without a model.
+    """Loads each task strictly, finds its items and builds one request, without a model.
+
+    A task of ours whose data is not here is loaded on invented rows of its data set's schema; of lm-eval's own tasks
+    the name is looked up. A task that does neither is `broken`: lm-eval itself would skip it in silence.
 
     Returns:
-        One row per task: `name, status, reason, items, request`; `status` is `runs` where all of that worked.
+        One row per task: `name, status, reason, items, request`; `status` is `runs`, `needs-data`, `unavailable` or
+        `broken`.
     """
     cards = find_tasks(tasks) if tasks else list(task_cards().values())
-    rows = []
-    for card in cards:
-        status = status_of(card, data)
-        row: dict[str, Any] = {
-            "name": card.name,
-            "status": status.status,
-            "reason": status.reason,
-            "items": None,
-            "request": None,
-        }
-        if status.status == "runs":
-            with quiet_lm_eval():
-                logging.getLogger("hcx.evals.items").setLevel(logging.ERROR)
-                task = load_tasks([card], None, data)["tasks"][card.name]
-                task.build_all_requests(limit=1, rank=0, world_size=1)
-                row["items"] = len(task.eval_docs)
-                row["request"] = str(task.instances[0].args[0])[-200:]
-        rows.append(row)
-    return rows
+    return [_check(card, data) for card in cards]
+
+
+def _check(card: TaskCard, data: str | Path | None) -> dict[str, Any]:
+    status = status_of(card, data)
+    row: dict[str, Any] = {
+        "name": card.name,
+        "status": status.status,
+        "reason": status.reason,
+        "items": None,
+        "request": None,
+    }
+    if status.status == "unavailable" or is_judged(card):
+        return row
+    try:
+        with quiet_lm_eval():
+            logging.getLogger("hcx.evals.items").setLevel(logging.ERROR)
+            if status.status == "runs":
+                loaded = load_tasks([card], None, data)
+                task = loaded.tasks[loaded.parts[card.name][0]]
+                row["items"] = sum(len(loaded.tasks[part].eval_docs) for part in loaded.parts[card.name])
+            elif card.is_ours:
+                task = load_on_samples(card)
+            else:
+                name = str(card.benchmark.lm_eval) if card.benchmark is not None else card.name
+                if name not in lm_eval_names():
+                    raise EvalError(f"lm-eval has no task or group {name!r}; install lm-eval==0.4.13")
+                return row
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+            row["request"] = str(task.instances[0].args[0])[-200:]
+    except Exception as error:
+        row.update(status="broken", reason=f"{card.path}: {type(error).__name__}: {error}")
+    return row
+
+
+@cache
+def lm_eval_names() -> frozenset[str]:
+    """Every task and group that the installed lm-eval knows."""
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager().task_index)
 
 
 def is_healthy(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether every checked task runs."""
-    return all(row["status"] == "runs" for row in rows)
+    """Whether no checked task is broken."""
+    return all(row["status"] != "broken" for row in rows)
 
 
 def summary(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -371,7 +337,15 @@ def summary(results: dict[str, Any]) -> list[tuple[str, ...]]:
                     "" if entry["stderr"] is None else f"{entry['stderr']:.{digits}f}",
                     "" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}",
                     f"{entry['n']}" if task["items"] == task["of"] else f"{entry['n']} of {task['of']}",
-                    "contains chance" if entry["contains_chance"] else "",
+                    _marks(task, entry),
                 )
             )
     return rows
+
+
+def _marks(task: dict[str, Any], entry: dict[str, Any]) -> str:
+    marks = ["contains chance"] if entry["contains_chance"] else []
+    if task.get("gap") and task.get("rows"):
+        marks.append("not comparable with the report")
+    marks += [str(d["part"]) for d in task.get("data", ()) if d["part"]]
+    return "; ".join(marks)

@@ -85,3 +85,10 @@ def bleu_korean(items: Sequence[tuple[str, str]]) -> float:
     from hcx.evals.translation_metrics import metric
 
     return metric("bleu", "char").corpus(items)
+
+
+def bleu_chinese(items: Sequence[tuple[str, str]]) -> float:
+    """BLEU with sacrebleu's Chinese characters."""
+    from hcx.evals.translation_metrics import metric
+
+    return metric("bleu", "zh").corpus(items)

@@ -20,7 +20,7 @@ import hcx
 from hcx.artifacts import find_resource
 from hcx.errors import DataError
 
-Source = Literal["embedded-text", "embedded-pairs", "kmmlu-dev225", "mmlu-dev282"]
+Source = Literal["embedded-text", "embedded-pairs", "kmmlu-dev225", "mmlu-dev282", "hub"]
 
 DATA_VARIABLE = "HCX_EVAL_DATA"
 """Environment variable that names the folder of item files when `--data` does not."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
 
@@ -124,3 +125,60 @@ def student_t95(freedom: int) -> float:
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
         + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ on the same items.
+
+    Attributes:
+        value: mean of (second - first).
+        interval: 95 % interval, items resampled in pairs; None with fewer than two items.
+        p: two-sided probability of a difference at least this large if neither is better; None where not computed.
+        n: items.
+        method: the test.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+    p: float | None
+    n: int
+    method: str
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compares scores of the same items: the exact McNemar test (1947) for right and wrong, else sign flips.
+
+    Pairing takes out what makes items easy or hard for both, so that it finds differences that two intervals hide.
+
+    Args:
+        first, second: scores by item, in the same order.
+    """
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if left.shape != right.shape:
+        raise ValueError(f"{len(left)} and {len(right)} items: paired tests need the same items")
+    differences = right - left
+    estimate = bootstrap(differences, lambda part: float(part.mean()))
+    if set(np.unique(np.concatenate([left, right]))) <= {0.0, 1.0}:
+        return Difference(estimate.value, estimate.interval, mcnemar(differences), len(left), "exact McNemar")
+    return Difference(estimate.value, estimate.interval, _sign_flips(differences), len(left), "sign flips, 10000")
+
+
+def mcnemar(differences: np.ndarray) -> float:
+    """Two-sided exact p of the items on which only one model is right: a binomial of one half."""
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    discordant = better + worse
+    tail = sum(math.comb(discordant, k) for k in range(min(better, worse) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**discordant)))
+
+
+def _sign_flips(differences: np.ndarray, flips: int = 10_000) -> float:
+    """Two-sided p of the mean under random signs (Fisher's permutation test for pairs), fixed seed."""
+    generator = np.random.default_rng(SEED)
+    observed = abs(float(differences.mean()))
+    count = 0
+    # In pieces: all signs at once are items times flips numbers.
+    for _ in range(100):
+        signs = generator.choice((-1.0, 1.0), size=(flips // 100, len(differences)))
+        count += int((np.abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
+    return (count + 1) / (flips + 1)

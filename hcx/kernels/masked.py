@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from hcx.kernels import gf2
 from hcx.kernels.format import MAX_BITS, PackedWeight, pack_signs
 
 KIND = "fixed_to_fixed"
+MASKS = ("raw", "deflate")
 Traversal = Literal["rows", "columns"]
 Bytes = NDArray[np.uint8]
 _ONES_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
@@ -103,10 +105,20 @@ class MaskedWeight:
         """Share of weights that are kept."""
         return _ones(self.mask.numpy()) / (self.out_features * self.in_features)
 
+    @cached_property
+    def stored_mask(self) -> Tensor:
+        """The mask as stored: raw `[out, ceil(in / 8)]`, or deflated `[bytes]` where that is smaller."""
+        # Bytes of a random mask have uneven frequencies and no repetitions: Huffman codes alone come near the entropy.
+        deflater = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+        deflated = deflater.compress(self.mask.numpy().tobytes()) + deflater.flush()
+        if len(deflated) >= self.mask.numel():
+            return self.mask.contiguous()
+        return torch.frombuffer(bytearray(deflated), dtype=torch.uint8)
+
     @property
     def size_bytes(self) -> int:
         """Bytes on disk of planes, scales, offset and mask."""
-        return self.packed.size_bytes + self.mask.numel()
+        return self.packed.size_bytes + self.stored_mask.numel()
 
     @property
     def bits_per_weight(self) -> float:
@@ -142,11 +154,13 @@ class MaskedWeight:
 
     def to_tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors as stored: those of `packed`, and `STEM.mask`."""
-        return {**self.packed.to_tensors(stem), f"{stem}.mask": self.mask.contiguous()}
+        return {**self.packed.to_tensors(stem), f"{stem}.mask": self.stored_mask}
 
     def describe(self) -> dict[str, Any]:
         """The module's entry in `quantization_config.modules`."""
-        return {**self.packed.describe(), "mask": "raw"}
+        if self.stored_mask.dim() == 2:
+            return {**self.packed.describe(), "mask": "raw"}
+        return {**self.packed.describe(), "mask": "deflate", "mask_bytes": self.stored_mask.numel()}
 
     def encode(self, settings: FixedToFixed | None = None, threads: int = 0) -> EncodedWeight:
         """Its planes as code words of fixed length; the mask stays as it is.
@@ -207,12 +221,12 @@ class EncodedWeight:
     @property
     def saves_bytes(self) -> bool:
         """Whether code words and mask take less than the planes of the same weight without pruning."""
-        return self.plane_bytes + self.weight.mask.numel() < self.weight.packed.planes.numel()
+        return self.plane_bytes + self.weight.stored_mask.numel() < self.weight.packed.planes.numel()
 
     def summary(self) -> str:
         """The numbers by which it is accepted or refused."""
         count = self.weight.out_features * self.weight.in_features
-        planes, mask = 8 * self.plane_bytes / count, 8 * self.weight.mask.numel() / count
+        planes, mask = 8 * self.plane_bytes / count, 8 * self.weight.stored_mask.numel() / count
         return (
             f"{self.weight.density:.1%} of the weights kept, {self.efficiency:.2%} of their bits right before "
             f"correction (kept bits per block vary by {self.variation:.2f} of their mean): {planes:.3f} bits per "
@@ -305,14 +319,18 @@ def read_masked(stem: str, tensors: Mapping[str, Tensor], entry: Mapping[str, An
         KernelError: a tensor is missing, cut short or damaged, shapes disagree, or the encoding is unknown.
     """
     encoding = entry.get("encoding")
-    if entry.get("mask") != "raw":
+    if entry.get("mask") not in MASKS:
         raise KernelError(
-            f"{stem}: mask = {entry.get('mask')!r} is not supported by this version of hcx; supported: raw"
+            f"{stem}: mask = {entry.get('mask')!r} is not supported by this version of hcx; supported: "
+            f"{', '.join(MASKS)}"
         )
     if encoding is not None and (not isinstance(encoding, Mapping) or encoding.get("kind") != KIND):
         raise KernelError(f"{stem}: the option 'encoding' = {encoding!r} is not supported by this version of hcx")
-    mask = _tensor(tensors, f"{stem}.mask")
-    plain = {key: value for key, value in entry.items() if key not in ("mask", "encoding")}
+    plain = {key: value for key, value in entry.items() if key not in ("mask", "mask_bytes", "encoding")}
+    try:
+        mask = _mask(_tensor(tensors, f"{stem}.mask"), entry)
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise KernelError(f"{stem}: the mask is damaged or cut short ({error!r})") from None
     if encoding is not None:
         try:
             planes = _decode(stem, tensors, entry, encoding, mask)
@@ -365,6 +383,20 @@ def _decode(
             raise KernelError(f"plane {plane} does not decode to what was encoded: its check sum differs")
         planes.append(torch.from_numpy(kept))
     return torch.stack(planes)
+
+
+def _mask(stored: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The mask's bytes; a stream that would give more than they are is not followed to its end."""
+    if entry["mask"] == "raw":
+        return stored
+    rows, columns = int(entry["out_features"]), -(-int(entry["in_features"]) // 8)
+    if stored.dtype != torch.uint8 or rows < 1 or columns < 1:
+        raise ValueError(f"{stored.dtype} for {rows} rows of {columns} bytes")
+    inflater = zlib.decompressobj()
+    data = inflater.decompress(stored.numpy().tobytes(), rows * columns + 1)
+    if len(data) != rows * columns or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"{len(data)} bytes where {rows * columns} are due")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, columns)
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -39,7 +39,7 @@ def _stored_tensors(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...]
     if entry.get("row_order"):
         found["row_order"] = ((rows,), torch.int32)
     if entry.get("mask"):
-        found["mask"] = ((rows, row_bytes), torch.uint8)
+        found["mask"] = (((int(entry["mask_bytes"]),) if entry.get("mask_bytes") else (rows, row_bytes)), torch.uint8)
     encoding = entry.get("encoding")
     if encoding:
         del found["planes"]

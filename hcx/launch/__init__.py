@@ -1,1 +1,1 @@
-"""What concerns machines: `hcx doctor`."""
+"""What concerns machines: `hcx doctor`, `hcx plan`, rehearsals of `hcx train --rehearse`."""

@@ -106,7 +106,8 @@ def reduce_recipe(recipe: TrainRecipe) -> Rehearsal:
         model=model,
         optim=optim,
         objective=recipe.loss,
-        adapter=None if recipe.adapter is None else LoRAConfig(rank=min(recipe.adapter.rank, 4)),
+        # Scales over frozen codes need a coded base; the layout is rehearsed with all weights trained.
+        adapter=LoRAConfig(rank=min(recipe.adapter.rank, 4)) if isinstance(recipe.adapter, LoRAConfig) else None,
         seed=recipe.seed,
     )
     cases = [case.model_copy(update={"engine": small.model_copy(update={"precision": "fp32"})})]
@@ -163,7 +164,7 @@ def rehearse(recipe: TrainRecipe, run: Runner | None = None, say: Callable[[str]
         saving = small.cases[0].model_copy(update={"save_to": directory})
         cases = [saving, *small.cases[1:]]
         ranks = (run or _spawn)(cases, small.world_size)
-        difference = {
+        difference: dict[str, float] = {
             case.engine.precision: _compare(case, [reports[number] for reports in ranks])
             for number, case in enumerate(cases)
         }

@@ -21,6 +21,9 @@ from hcx.model.parts.base import Parts
 from hcx.model.shapes import LocalParameter, Stage, pipeline_stage, stage_parameters
 from hcx.optim import OptimConfig
 
+_Block = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and shape within a canonical tensor."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -60,7 +63,7 @@ def check_roles(engine: AnyEngineConfig, model: ModelConfig, optim: OptimConfig,
         LaunchError: a built rank differs from the plan, or the ranks do not hold every tensor exactly once.
     """
     tp, pp, _ = layout_sizes(engine, world_size)
-    held: dict[str, int] = {}
+    held: dict[str, set[_Block]] = {}
     roles = []
     for pp_ranks in _kinds(pp):
         stage = pipeline_stage(model, pp_ranks[0], pp)
@@ -70,8 +73,8 @@ def check_roles(engine: AnyEngineConfig, model: ModelConfig, optim: OptimConfig,
             _compare(decoder, planned, pp_ranks[0], tp_rank)
             if tp_rank in (0, tp - 1):
                 _forward(decoder, stage, model, tp)
-            for name, count in _held(decoder, stage, model, tp_rank).items():
-                held[name] = held.get(name, 0) + count
+            for name, block in _blocks(decoder):
+                held.setdefault(name, set()).add(block)
         bytes_of_rank = held_bytes(engine, model, optim, world_size, pp_ranks[0])
         roles.append(
             Role(
@@ -121,27 +124,20 @@ def _forward(decoder: Decoder, stage: Stage, model: ModelConfig, tp: int) -> Non
         raise LaunchError(f"a stage of blocks {stage.layers} gives {tuple(hidden.shape)}; please report this")
 
 
-def _held(decoder: Decoder, stage: Stage, model: ModelConfig, tp_rank: int) -> dict[str, int]:
-    """Elements of each canonical tensor on this rank; replicas and copies of tied embeddings count once."""
+def _blocks(decoder: Decoder) -> Iterator[tuple[str, _Block]]:
+    """(canonical name, block) of everything on this rank."""
     parameters = dict(decoder.named_parameters())
-    counts: dict[str, int] = {}
-    for local, blocks in decoder.parameter_map().items():
-        for block in blocks:
-            view = block.view(parameters[local])
-            whole = tuple(view.shape) == block.global_shape
-            copy = block.name == "model.embed_tokens.weight" and not stage.pre
-            if not copy and (tp_rank == 0 or not whole):
-                counts[block.name] = counts.get(block.name, 0) + view.numel()
-    return counts
+    for local, slices in decoder.parameter_map().items():
+        for found in slices:
+            yield found.name, (found.offset, tuple(found.view(parameters[local]).shape))
 
 
-def _check_cover(held: dict[str, int], model: ModelConfig, roles: list[Role], pp: int) -> None:
-    built = {pp_rank for role in roles for pp_rank in role.pp_ranks[:1]}
-    for name, shape in _canonical(model, sorted(built), pp):
-        if held.get(name, 0) != math.prod(shape):
-            raise LaunchError(
-                f"{name}: the ranks hold {held.get(name, 0)} of {math.prod(shape)} elements; please report this"
-            )
+def _check_cover(held: dict[str, set[_Block]], model: ModelConfig, roles: list[Role], pp: int) -> None:
+    """Replicas and copies of tied embeddings are one block; the blocks of a tensor together are as large as it."""
+    for name, shape in _canonical(model, [role.pp_ranks[0] for role in roles], pp):
+        count = sum(math.prod(size) for _, size in held.get(name, ()))
+        if count != math.prod(shape):
+            raise LaunchError(f"{name}: the ranks hold {count} of {math.prod(shape)} elements; please report this")
 
 
 def _canonical(model: ModelConfig, pp_ranks: list[int], pp: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -100,6 +100,18 @@ class ModelFiles:
         """Names of the stored tensors."""
         return list(self._where)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        if name not in self._where:
+            raise CheckpointError(
+                f"{self.directory}: the weight files lack {name!r}: incomplete, or not of this config.json"
+            )
+        return self._where[name]
+
     def read(self, name: str) -> Tensor:
         """One stored tensor, in its stored type.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from hcx.compress.alphatuning import AlphaTuningConfig, tuned_stems
 from hcx.data.token_budget import rounded_up
@@ -125,7 +126,7 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     try:
         if not isinstance(recipe.adapter, AlphaTuningConfig):
             target_stems(recipe.adapter.targets, recipe.model)
-        elif recipe.init_from is not None:
+        elif recipe.init_from is not None and Path(recipe.init_from).is_dir():
             with ModelFiles(recipe.init_from) as files:
                 tuned_stems(recipe.adapter, files)
     except HcxError as error:

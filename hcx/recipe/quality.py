@@ -129,10 +129,10 @@ def measure_quality(
         for index, model_figures in enumerate(figures.models):
             # Bytes are known per document, not per row: the spread over rows is that of nats per token.
             to_bits = total / num_bytes / math.log(2)
-            model_figures.bits_per_byte[language] = _ratio(sums[index, "nats"], counts, to_bits)
+            model_figures.bits_per_byte[language] = ratio_estimate(sums[index, "nats"], counts, to_bits)
             if index:
-                model_figures.kl[language] = _ratio(sums[index, "kl"], counts)
-                model_figures.top1[language] = _ratio(sums[index, "top1"], counts)
+                model_figures.kl[language] = ratio_estimate(sums[index, "kl"], counts)
+                model_figures.top1[language] = ratio_estimate(sums[index, "top1"], counts)
     return figures
 
 
@@ -157,7 +157,7 @@ def _score_row(
             sums[index, "top1"].append(float((reference.argmax(-1) == logprobs.argmax(-1)).sum()))
 
 
-def _ratio(values: Sequence[float], sizes: Sequence[float], factor: float = 1.0) -> Estimate:
+def ratio_estimate(values: Sequence[float], sizes: Sequence[float], factor: float = 1.0) -> Estimate:
     """`factor * sum(values) / sum(sizes)`; the interval by linearisation over rows."""
     total, count = sum(sizes), len(values)
     ratio = sum(values) / total

@@ -47,6 +47,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "bad data": _bad_data,
     "killed": _killed,
     "nan": lambda: None,
+    "other software": lambda: None,
 }
 
 
@@ -66,7 +67,8 @@ class RankEnd:
 def train_on_ranks(recipe: str | Path, fault: str, sample: int, directory: Path, world_size: int = 2) -> list[RankEnd]:
     """Runs `hcx train RECIPE` on each rank; rank 1 meets the fault (of `FAULTS`) when it has this sample.
 
-    The fault `nan` makes the loss of its micro-batch NaN on that rank alone.
+    The fault `nan` makes the loss of its micro-batch NaN on that rank alone; with `other software` the rank says from
+    the start that its torch is another one.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hcx.testing.ranks", "hcx.recipe.run"])
@@ -110,8 +112,12 @@ def _rank(recipe: str, fault: str, sample: int, rank: int, world_size: int, port
 
 
 def _arm(fault: str, sample: int) -> None:
+    from hcx.dist import rendezvous
     from hcx.train.objectives import NextToken
 
+    if fault == "other software":
+        found = rendezvous.versions()
+        rendezvous.versions = lambda: {**found, "torch": "1.0.0"}
     honest = NextToken.__call__
 
     def faulty(self: NextToken, output: Any, micro_batch: Any) -> Any:

@@ -32,6 +32,19 @@ NOTE_S = 3.0
 POLL_S = 0.05
 # What gloo and NCCL say when the other side is gone (torch raises plain RuntimeError for gloo's).
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# CUDA's words for faults of the device (cudaErrorECCUncorrectable, NvlinkUncorrectable, HardwareStackError, ...).
+_DEVICE = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "hardware stack error",
+    "device(s) is/are busy or unavailable",
+    "GPU is lost",
+)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an accelerator of this node failed: no mistake of anybody's, and another node may do."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE)
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -59,13 +72,18 @@ def one_ending(directory: str | Path, rank: int, world_size: int) -> Iterator[No
         world_size: with one process nothing is changed.
 
     Raises:
-        PeerLost: another rank is gone without a word.
+        PeerLost: another rank is gone without a word, or the accelerator of this one failed.
         OtherRankFailed: it left a note with exit code 2.
         OtherRankCrashed: it left a note with exit code 1.
     """
     try:
         yield
     except Exception as error:
+        if is_device_fault(error):
+            raise PeerLost(
+                f"rank {rank} on {socket.gethostname()}: its accelerator failed ({_short(error)}). The run is "
+                "resumable; if the node does it again, keep jobs away from it (sbatch --exclude) and have it looked at"
+            ) from error
         if world_size == 1:
             raise
         if isinstance(error, PeerLost | OtherRankFailed | OtherRankCrashed):

@@ -129,6 +129,15 @@ void finds_the_optimum() {
     }
 }
 
+// The worked example of FORMAT.md.
+void decodes_the_worked_example() {
+    const hcx_gf2_shape shape{12, 0, 2, 4, 1, 0};
+    const uint8_t network[] = {1, 2, 3, 1, 0, 1, 2, 3}, codes[] = {0x39};
+    uint8_t out[2] = {};
+    CHECK(hcx_gf2_decode(&shape, network, 8, codes, 1, out, 2, 1) == HCX_OK);
+    CHECK(out[0] == 0xCD && out[1] == 0x07);
+}
+
 // One correction at bit 3 and one at bit 513 of 1030: 1, 9 bits; 0; 1, 9 bits; 0; 0.
 void corrects_and_refuses_damaged_lists() {
     const hcx_gf2_shape shape{1030, 0, 8, 10, 0, 0};
@@ -212,6 +221,7 @@ int main() {
     decodes_to_the_formula_and_counts_its_errors();
     every_instruction_set_finds_the_same_words();
     finds_the_optimum();
+    decodes_the_worked_example();
     corrects_and_refuses_damaged_lists();
     refuses_shapes_and_sizes();
     transposes_bits();

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hcx.compress.flexor import FlexorConfig, FlexorSource, packed_of
+from hcx.compress.flexor.encrypted import encrypted_product
 from hcx.compress.flexor.network import Matrix, canonical, canonical_words, components, draw_network, rank_gf2
 from hcx.compress.flexor.source import dense_weight, expand
 from hcx.compress.flexor.transform import all_words, encode_keys, networks_of, project
@@ -274,3 +275,15 @@ def test_encrypted_words_are_smaller_than_planes(tmp_path: Path) -> None:
     codes, entry = encode_keys(keys, networks_of(8, 16, 2, 1))
     assert codes.numel() == 32 * 8 * 7 // 8
     assert entry["n_in"] == 7
+
+
+@pytest.mark.parametrize("taps", [2, 3])
+def test_a_product_with_stored_words_is_the_dense_product(taps: int) -> None:
+    matrix, columns = draw_network(8, 16, taps), 40
+    keys = normal(9, 3 * 8)
+    words = (keys >= 0).numpy().astype(np.uint8).reshape(9, 3, 8)
+    dense = expand(keys, matrix, columns, 1.0)
+    integers = torch.randint(-100, 100, (columns,), generator=derived_generator("flexor product"))
+    assert torch.equal(encrypted_product(words, matrix, integers), dense.long() @ integers)
+    x = normal(columns, seed=5)
+    torch.testing.assert_close(encrypted_product(words, matrix, x), dense @ x, rtol=1e-5, atol=1e-5)

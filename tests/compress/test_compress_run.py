@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from hcx.artifacts import artifact_input, new_artifact, read_manifest, resource_names, verify
 from hcx.cli.main import main
-from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model
+from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model, plan_rows
 from hcx.compress.divergence import divergence, divergence_by_language
 from hcx.config import load_config
+from hcx.config.decode import decode
 from hcx.errors import ConfigError
 from hcx.model.load import iter_tensors, load_model
 from hcx.model.meta import ForwardMeta
@@ -76,13 +77,13 @@ def test_divergence_from_full_precision_falls_with_every_bit(model: Path, tmp_pa
     assert same.tokens == sum(int((batch.weights > 0).sum()) for batch in batches)
 
 
-def test_an_interrupted_compression_leaves_nothing(model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_compression_leaves_nothing_that_looks_like_a_model(model: Path, tmp_path: Path) -> None:
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         compress_model(model, tmp_path / "bcq", CompressPlan(), interrupt)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".bcq.work"]
 
 
 def test_rules_hold_in_order_and_take_the_rest_from_the_default() -> None:
@@ -115,6 +116,70 @@ def test_a_rule_that_changes_nothing_is_refused(model: Path, tmp_path: Path, rul
     with pytest.raises(ConfigError, match=message):
         compress_model(model, tmp_path / "bcq", plan)
     assert not (tmp_path / "bcq").exists()
+
+
+def test_a_layer_that_no_rule_names_is_an_error_where_the_plan_says_so(model: Path, tmp_path: Path) -> None:
+    rules = [PlanRule(pattern=f"*.{name}", bits=3) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj")]
+    missing = CompressPlan(covers="named", rules=(*rules, PlanRule(pattern="*.down_proj", keep=True)))
+    with pytest.raises(ConfigError, match=r"covers: named, and no rule names model\.layers\.0\.mlp\.gate_proj"):
+        compress_model(model, tmp_path / "bcq", missing)
+    assert list(tmp_path.iterdir()) == []
+    rows, _ = plan_rows(model, missing.model_copy(update={"rules": (*missing.rules, PlanRule(pattern="*", bits=2))}))
+    assert {row.rule for row in rows} == {"(kept)", "*", *(rule.pattern for rule in rules)}
+
+
+def test_rules_choose_schemes_by_name_and_may_change_them() -> None:
+    schemes = {"fine": ModulePlan(bits=4, group_size=32), "coarse": ModulePlan(bits=2, group_size=64)}
+    plan = CompressPlan(
+        schemes=schemes,
+        rules=(
+            PlanRule(pattern="*.down_proj", scheme="fine", offset=True),
+            PlanRule(pattern="*.mlp.*", scheme="coarse"),
+        ),
+    )
+    assert plan.module("model.layers.1.mlp.down_proj") == ModulePlan(bits=4, group_size=32, offset=True)
+    assert plan.module("model.layers.1.mlp.up_proj") == schemes["coarse"]
+    assert plan.module("model.layers.1.self_attn.q_proj") == plan.default
+    for wrong, message in (
+        ({"rules": [{"pattern": "*", "scheme": "fin"}], "schemes": {"fine": {}}}, "did you mean 'fine'"),
+        ({"rules": [], "schemes": {"fine": {}}}, r"schemes\.fine is used by no rule"),
+        ({"rules": [{"pattern": "*", "scheme": "fine", "keep": True}], "schemes": {"fine": {}}}, "beside scheme"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            decode(CompressPlan, wrong, "plan.yaml")
+
+
+@pytest.mark.parametrize("method", ["alternating", "uniform"])
+def test_the_plan_that_is_told_beforehand_is_what_is_stored(method: str, tmp_path: Path) -> None:
+    source = tiny_model_directory(tmp_path / "full", with_tokenizer=False)
+    plan = CompressPlan(
+        default=ModulePlan(bits=3, group_size=20, method=method, rounds=1),
+        rules=(PlanRule(pattern="*.o_proj", bits=2, group_size=4096, scale_dtype="fp32"),),
+        embedding=ModulePlan(bits=4, group_size=64, method="greedy", offset=True),
+    )
+    rows, total = plan_rows(source, plan)
+    summary = compress_model(source, tmp_path / "bcq", plan)
+    stored = load_file(tmp_path / "bcq" / "bcq.safetensors")
+    assert sum(row.size_bytes for row in rows) == sum(t.numel() * t.element_size() for t in stored.values())
+    assert total == sum(row.count for row in rows)
+    coded = [row for row in rows if row.settings is not None]
+    assert [row.rule for row in coded] == ["embedding", "default", "*.o_proj"]
+    assert sum(row.size_bytes for row in coded) * 8 / sum(row.weights for row in coded) == summary.bits_per_weight
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--json"], []):
+        with pytest.raises(SystemExit) as ended:
+            main(["compress", str(model), "--plan", "mixed-3-4", "--dry-run", "--out", str(tmp_path / "out"), *options])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        if options:
+            rules = [row["rule"] for row in json.loads(shown)]
+            assert rules == ["(kept)", "default", "*.o_proj", "*.down_proj"]
+    assert "down_proj" in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_plan_that_keeps_everything_is_refused(model: Path, tmp_path: Path) -> None:

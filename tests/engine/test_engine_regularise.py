@@ -7,8 +7,10 @@ from functools import cache
 import pytest
 import torch
 
-from hcx.compress.regularise import RegulariseConfig
+from hcx.compress.regularise import Regularise, RegulariseConfig
 from hcx.compress.regularise.config import BCQRule, NoiseRule, PruneRule
+from hcx.engine.base import StepBatch
+from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.testing import regularised, seam
 from hcx.testing.regularised import EVERY_RULE, PERIOD, STEPS, RegularisedResult
@@ -154,3 +156,29 @@ def test_straight_through_training_is_the_same_on_any_layout(pool: WorkerPool, l
     expected = straight_through()
     for result in pool.run(straight_through, 2, LAYOUTS[layout]):
         assert result.losses == pytest.approx(expected.losses, rel=TOLERANCE)
+
+
+def test_the_last_event_is_made_also_where_the_last_step_makes_no_update() -> None:
+    config = RegulariseConfig(period=1, default=BCQRule(bits=2, group_size=16))
+    transform = Regularise(config, MODEL, STEPS, lr=lambda _: 0.01, lr_factor=lambda _: 1.0)
+    engine = build_engine(case().engine, MODEL, case().optim, [transform], seam.SeamWeights(MODEL, 3), 3)
+    events = []
+    for step in range(STEPS):
+        # Steps 1 and 3 are refused: every loss is above their limit.
+        limit = 0.0 if step in (1, 3) else float("inf")
+        transform.before_step(step)
+        batch = StepBatch(step, seam.global_batch(MODEL, step), max_loss=limit)
+        assert engine.train_step(batch, seam.WeightedNextToken(), 1.0).skipped == (limit == 0.0)
+        events.append(bool(transform.after_step(step, engine)))
+    assert events == [True, False, True, True]
+    transform.finalize(engine)
+    weights = dict(engine.export_state())
+    assert len(transform.packed) == 14
+    for stem, packed in transform.packed.items():
+        assert torch.equal(packed.dequantize(), weights[f"{stem}.weight"])
+    # A state taken now knows that the run has had its last event.
+    again = Regularise(config, MODEL, STEPS, lr=lambda _: 0.01, lr_factor=lambda _: 1.0)
+    again.load_state_dict(transform.state_dict())
+    again.finalize(engine)
+    assert again.packed == {}
+    engine.close()

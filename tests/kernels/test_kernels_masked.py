@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import numpy as np
@@ -144,11 +145,31 @@ def test_it_saves_bytes_where_the_specification_says_so() -> None:
         encoded = weight.encode()
         count = 256 * 1024
         found = 8 * (encoded.plane_bytes + weight.mask.numel()) / count
+        stored = found - 8 * (weight.mask.numel() - weight.stored_mask.numel()) / count
         # One register loses up to 0.06 bits per plane and weight more than two; the gates add their bytes.
         assert planes_and_mask - 0.01 <= found <= planes_and_mask + 0.06 * bits
         assert encoded.saves_bytes is saves
-        assert f"{found:.3f} with the mask" in encoded.summary()
+        assert f"{stored:.3f} with the mask" in encoded.summary()
         assert encoded.size_bytes < weight.size_bytes
+
+
+def test_a_sparse_mask_is_stored_near_its_entropy() -> None:
+    for kept, entropy in ((0.1, 0.469), (0.3, 0.881)):
+        weight = masked(512, 512, 1, kept, offset=False)
+        assert entropy - 0.01 < 8 * weight.stored_mask.numel() / 512**2 < 1.05 * entropy
+        assert weight.describe()["mask"] == "deflate"
+        assert same(read_back(weight), weight)
+        assert same(read_back(weight.encode()), weight)
+    assert masked(512, 512, 1, 0.5, offset=False).describe()["mask"] == "raw"
+
+
+def test_a_deflated_mask_that_is_cut_short_or_too_long_is_refused() -> None:
+    weight = masked(256, 256, 1, 0.1, offset=False)
+    tensors, entry = weight.to_tensors(STEM), weight.describe()
+    bomb = torch.frombuffer(bytearray(zlib.compress(bytes(10**7))), dtype=torch.uint8)
+    for stored in (weight.stored_mask[:-3], torch.cat([weight.stored_mask, weight.stored_mask[:1]]), bomb):
+        with pytest.raises(KernelError, match=rf"^{STEM}: the mask is damaged or cut short"):
+            read_masked(STEM, tensors | {f"{STEM}.mask": stored}, entry)
 
 
 def flipped(tensors: dict[str, Tensor], name: str, byte: int, bit: int) -> dict[str, Tensor]:
@@ -163,7 +184,7 @@ def flipped(tensors: dict[str, Tensor], name: str, byte: int, bit: int) -> dict[
 )
 def test_any_flipped_bit_is_refused(name: str, byte: int, bit: int) -> None:
     encoded = ENCODED
-    with pytest.raises(KernelError, match=rf"^{STEM}: .*(check sum|beyond the last input)"):
+    with pytest.raises(KernelError, match=rf"^{STEM}: .*(check sum|beyond the last input|damaged)"):
         read_masked(STEM, flipped(encoded.to_tensors(STEM), name, byte, bit), encoded.describe())
 
 

@@ -16,7 +16,7 @@ from hcx.cli.main import main
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.engine.footprint import AnyEngineConfig, held_bytes
 from hcx.engine.legality import violations
-from hcx.errors import ConfigError, LaunchError
+from hcx.errors import ConfigError, HcxError, LaunchError
 from hcx.launch.costs import LayoutCosts, Workload
 from hcx.launch.plan import make_plan, require_fit
 from hcx.launch.profiles import GIB, load_profile, profile_names
@@ -178,7 +178,7 @@ def communicated(engine: AnyEngineConfig, world_size: int, micro_batches: int = 
 def test_communication_between_replicas_follows_zero() -> None:
     # Rajbhandari et al. 2020, section 7: all-reduce and ZeRO with sharded gradients move as much, stage 3 half as much
     # again per pass, where gradients and weights have one precision.
-    whole = sum(held_bytes(TorchEngineConfig(), tiny_config(num_layers=4), ADAMW, 1).weights for _ in range(1))
+    whole = held_bytes(TorchEngineConfig(), tiny_config(num_layers=4), ADAMW, 1).weights
     share = 3 / 4
     assert communicated(TorchEngineConfig(), 4)[1].data_parallel == 2 * share * whole
     sharded = communicated(MegatronEngineConfig(distributed_optimizer=True), 4)[1].data_parallel
@@ -245,7 +245,7 @@ def test_every_shipped_training_recipe_is_planned_or_refused_by_name() -> None:
     for name in resource_names("launch/train"):
         try:
             recipe = load_train_recipe(find_resource(name))
-        except Exception:  # a recipe whose base model is not on this machine
+        except HcxError:  # a recipe whose base model is not on this machine
             continue
         if recipe.adapter is not None:
             with pytest.raises(ConfigError, match="adapter"):
@@ -272,7 +272,8 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     (memory,) = plan["layout"]["memory"]
     parts = ("weights", "gradients", "masters", "optimizer_state", "activations", "workspace")
     assert memory["total"] == sum(memory[part] for part in parts)
-    assert memory["weights"] >= 2 * plan["parameters"]["total"] / 2
+    # bf16, each matrix over two ranks, the norms on both.
+    assert memory["weights"] == pytest.approx(plan["parameters"]["total"], rel=1e-3)
     assert math.isclose(
         sum(v for k, v in plan["layout"]["step_seconds"].items() if k != "total"),
         plan["layout"]["step_seconds"]["total"],

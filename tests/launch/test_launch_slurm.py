@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from hcx.artifacts import resource_names
+from hcx.artifacts import find_resource, resource_names
 from hcx.cli.main import main
-from hcx.config import dump_yaml
+from hcx.config import describe_fields, dump_yaml, resolve_extends
 from hcx.errors import ConfigError, EvalError, HcxError, LaunchError
-from hcx.launch.slurm import SlurmLaunch, parse_array, plan_launch
+from hcx.launch.slurm import Shell, SlurmLaunch, _render, parse_array, plan_launch
 from hcx.launch.slurm_config import SlurmConfig, load_slurm_profile
 from hcx.launch.submit import sbatch_command, submit
 from hcx.recipe import load_train_recipe
@@ -59,7 +59,9 @@ printf "%s\\0" "$@" >"$STUBS/srun.args"
 env -0 >"$STUBS/srun.env"
 eval "${SRUN_DOES:-}"
 exit ${SRUN_CODE:-0}""",
-    "squeue": 'echo "${STATE:-RUNNING}"',
+    "squeue": """\
+echo x >>"$STUBS/squeue.calls"
+[ "$(wc -l <"$STUBS/squeue.calls")" -le "${AWAY:-0}" ] || echo ${STATE:-RUNNING}""",
     "scontrol": 'printf "%s\\n" "$*" >>"$STUBS/scontrol.args"',
     "module": 'printf "%s\\0" "$@" >>"$STUBS/module.args"',
 }
@@ -305,6 +307,17 @@ def test_the_batch_file_requeues_what_is_resumable_and_nothing_else(
     assert "start 1 of job 17 (demo) on node[1-2]" in done.stdout
 
 
+def test_a_controller_that_is_away_for_a_while_does_not_end_the_run(tmp_path: Path, bash: Bash) -> None:
+    launch = plan(tmp_path, SlurmConfig(**SMALL))
+    assert bash.run(launch.train.text, SRUN_CODE="75", AWAY="3", HCX_RETRY_S="0.01").returncode == 75
+    assert bash.asked_to_requeue()
+    (bash.stubs / "scontrol.args").unlink()
+    done = bash.run(launch.train.text, SRUN_CODE="75", AWAY="1000", HCX_RETRY_S="0.01")
+    assert done.returncode == 75
+    assert "the job is unknown to squeue" in done.stdout
+    assert not bash.asked_to_requeue()
+
+
 def test_starts_that_get_nowhere_are_not_repeated_for_ever(tmp_path: Path, bash: Bash) -> None:
     launch = plan(tmp_path, SlurmConfig(**SMALL, max_starts_without_progress=2))
     pointer = tmp_path / "runs" / "demo" / "checkpoints" / "last-good.json"
@@ -398,7 +411,8 @@ def test_a_wrong_profile_is_told_by_its_key(tmp_path: Path, text: str, words: st
 
 
 def test_every_shipped_profile_loads_and_takes_the_gpus_of_its_hardware_part(tmp_path: Path) -> None:
-    shipped = resource_names("slurm/profiles")
+    # A profile that describes hardware alone is for plans.
+    shipped = [name for name in resource_names("slurm/profiles") if "slurm" in resolve_extends(find_resource(name))]
     assert len(shipped) >= 3
     for name in shipped:
         config = load_slurm_profile(name)
@@ -506,3 +520,14 @@ def test_rendered_files_are_clean_to_shellcheck(tmp_path: Path) -> None:
             file.write_text(job.text, encoding="utf-8")
             checked = subprocess.run(["shellcheck", str(file)], capture_output=True, text=True, check=False)
             assert checked.returncode == 0, checked.stdout
+
+
+def test_the_page_explains_every_field_of_a_profile() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text(encoding="utf-8")
+    for path, *_ in describe_fields(SlurmConfig):
+        assert f"| `{path}` |" in text, path
+
+
+def test_templates_print_only_what_was_made_safe() -> None:
+    with pytest.raises(TypeError, match="was not made safe"):
+        _render("environment.sbatch", modules=["cuda"], setup=[], threads=Shell("1"), environment=[])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model, run
+from hcx.compress import CompressPlan, ModulePlan, PlanRule, compress_model
 from hcx.errors import CheckpointError
 from hcx.model.convert import registration
 from hcx.model.load import load_model
@@ -58,16 +57,13 @@ def test_transformers_with_hcx_registered_gives_the_same_logits(compressed: Path
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_coded_embeddings_outputs_and_several_files_give_the_same_logits(
-    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_coded_embeddings_outputs_and_several_files_give_the_same_logits(tied: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     registration.register()
     source = tiny_model_directory(tmp_path / "full", with_tokenizer=False, tie_embeddings=tied)
     settings = ModulePlan(bits=4, group_size=24, offset=True, scale_dtype="bf16")
     plan = CompressPlan(default=settings, embedding=settings, output=None if tied else settings)
-    monkeypatch.setattr(run, "write_weights", functools.partial(run.write_weights, max_bytes=30_000))
-    compress_model(source, tmp_path / "bcq", plan)
+    compress_model(source, tmp_path / "bcq", plan, max_shard_bytes=30_000)
     assert len(list((tmp_path / "bcq").glob("bcq-*-of-*.safetensors"))) > 1
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bcq", output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from hcx.config import dump_yaml
-from hcx.engine.config import TorchEngineConfig
+from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.obs import TrackingConfig, read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
@@ -53,9 +54,8 @@ def recipe(shards: str, out: Path, steps: int = STEPS, **values: Any) -> TrainRe
             watchdog_s=120.0,
         ),
         optim=OptimConfig(lr=3e-3),
-        engine=TorchEngineConfig(data_parallel=2),
         validation=ValidationSection(max_documents=2),
-        **values,
+        **{"engine": TorchEngineConfig(data_parallel=2), **values},
     )
 
 
@@ -150,13 +150,19 @@ def reach_the_time_limit(run: Launched, draw: random.Random) -> str:
 
 
 def hold(run: Launched, number: int = signal.SIGSTOP) -> None:
+    """Keeps ranks where they are, or lets them go on, while something takes its time."""
     for process in run.cluster.ranks(run.job).values():
-        os.kill(process, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def preempt(run: Launched, draw: random.Random) -> str:
     wrapped = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    hold(run)
+    before = run.log.count("CANCELLED AT")
     run.cluster.ask("sbatch", *wrapped, check=True)
+    run.until(lambda: run.log.count("CANCELLED AT") > before, "the preemption")
+    hold(run, signal.SIGCONT)
     return "interrupted and resumable (exit code 75; the job is RUNNING)"
 
 
@@ -272,3 +278,25 @@ def test_five_times_at_random_moments(cluster: SlurmCluster, shards: str, tmp_pa
         files = {file.name for file in (run.out / "wandb").glob("offline-run-*/*.wandb")}
         assert files == {f"run-{run_id}.wandb"}
         assert len(list((run.out / "wandb").glob("offline-run-*"))) == 6
+
+
+ENGINES = {
+    "deepspeed": DeepSpeedEngineConfig(zero_stage=1, data_parallel=2),
+    "megatron": MegatronEngineConfig(tensor_parallel=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENGINES)
+def test_every_engine_meets_over_nodes_and_survives(
+    cluster: SlurmCluster, shards: str, tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip(kind)
+    steps = 60
+    reference = straight(recipe(shards, tmp_path / "straight", steps, engine=ENGINES[kind]))
+    run = Launched(cluster, recipe(shards, tmp_path / "disturbed", steps, engine=ENGINES[kind]))
+    draw = random.Random(kind)
+    disturb(run, "rank killed", 7, draw)
+    disturb(run, "preemption", 25, draw)
+    run.finish()
+    assert_same_run(run.out, reference, steps)

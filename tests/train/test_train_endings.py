@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from hcx.config import dump_yaml
+from hcx.dist.spawn import outcome
 from hcx.engine.config import TorchEngineConfig
+from hcx.errors import PeerLost
 from hcx.obs import read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
@@ -17,7 +20,7 @@ from hcx.testing.ranks import RankEnd, train_on_ranks
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_config
 from hcx.train import CheckpointReader, TrainerConfig, find_checkpoint, read_ledger
-from hcx.train.endings import is_lost_peer, read_note
+from hcx.train.endings import is_lost_peer, one_ending, read_note
 
 STEPS = 8
 SAMPLE = 22
@@ -124,9 +127,39 @@ def test_the_rank_that_is_left_ends_for_the_reason_of_the_one_that_went(
     assert_resumable(out)
 
 
+def test_ranks_with_different_software_end_with_2_and_leave_the_run_as_it_was(shards: str, tmp_path: Path) -> None:
+    out, _ = run(shards, tmp_path, "killed")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    out, ends = run(shards, tmp_path, "other software")
+    assert [end.code for end in ends] == [2, 2], ends
+    for end in ends:
+        assert "nodes run different software" in end.log
+        assert "torch 1.0.0" in end.log
+        assert "Traceback" not in end.log
+    assert_resumable(out)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends"),
+    [([0, 0], 0), ([75, -9], 75), ([-9, 75], 75), ([75, 1], 1), ([2, 75], 2), ([-9, -15], 75), ([-11, -9], 1)],
+)
+def test_a_job_on_one_machine_has_one_exit_code(codes: list[int], ends: int) -> None:
+    assert outcome(codes) == ends
+
+
 def test_a_lost_connection_is_told_from_a_mistake() -> None:
     gloo = "[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1234"
     assert is_lost_peer(RuntimeError(gloo))
     assert is_lost_peer(dist.DistBackendError("NCCL communicator was aborted"))
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(ConnectionResetError("Connection reset by peer"))
+
+
+def test_a_failing_accelerator_is_told_by_its_node_and_leaves_the_run_resumable(tmp_path: Path) -> None:
+    told = f"rank 0 on {socket.gethostname()}: its accelerator failed"
+    with pytest.raises(PeerLost, match=told), one_ending(tmp_path, 0, 1):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+    with pytest.raises(RuntimeError, match="device-side assert"), one_ending(tmp_path, 0, 1):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    assert list(tmp_path.iterdir()) == []

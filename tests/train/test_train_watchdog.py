@@ -1,11 +1,11 @@
-"""A rank that hangs is named with its stack, and ends; one that works, however long, is left alone."""
+"""A process that hangs is named with its stack, and ends; one that works, however long, is left alone.
+
+Of several ranks, see `test_train_endings.py`.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -143,55 +143,3 @@ def test_waiting_for_a_writing_thread_gives_signs_of_life(tmp_path: Path, monkey
     trainer = small_trainer(tmp_path, steps=2, checkpoint_async=True, watchdog_s=600.0)
     assert trainer.run().finished
     assert signs.work > 10 * MOST_SILENT
-
-
-STALLING = """
-import sys, time
-from hcx.testing.runs import FaultyNextToken, small_trainer
-from hcx.dist import init_process_group, process_environment
-
-class Stuck(FaultyNextToken):
-    def __call__(self, output, micro_batch):
-        if process_environment()[0] == 1 and 10 in micro_batch.sample_ids:
-            hang_here()
-        return super().__call__(output, micro_batch)
-
-def hang_here():
-    time.sleep(600)
-
-if __name__ == "__main__":
-    init_process_group()
-    small_trainer(sys.argv[1], steps=6, objective=Stuck({}), validate=False, watchdog_s=1.0, micro_batch=1).run()
-"""
-
-
-def test_a_hanging_rank_ends_the_whole_run_and_is_the_one_not_in_a_collective(tmp_path: Path) -> None:
-    (tmp_path / "stalling.py").write_text(STALLING, encoding="utf-8")
-    from hcx.dist.spawn import free_port
-
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common["OMP_NUM_THREADS"] = "1"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "stalling.py"), str(tmp_path / "run")],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        told = [process.communicate(timeout=20)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-    assert ranks[1].returncode == 75
-    # The other rank ends by its own watchdog, or because its peer is gone.
-    assert ranks[0].returncode not in (None, 0)
-    assert "rank 1 made no progress" in told[1]
-    assert "in step 3" in told[1]
-    report = (tmp_path / "run" / "stalls" / "rank-00001.txt").read_text(encoding="utf-8")
-    assert "hang_here" in report
-    waiting = tmp_path / "run" / "stalls" / "rank-00000.txt"
-    assert "hang_here" not in waiting.read_text(encoding="utf-8")

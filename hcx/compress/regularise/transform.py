@@ -83,6 +83,8 @@ class Regularise(ModelTransform):
         self._events = 0
         self._last = -1
         """Optimizer steps at the last event; -1: none yet."""
+        self._ended_at = -1
+        """Optimizer steps at the event that ended the run; -1: not yet."""
         self._began = 0.0
         self._step_seconds = 0.0
         self.packed: dict[str, PackedWeight] = {}
@@ -103,14 +105,17 @@ class Regularise(ModelTransform):
         self._step_seconds += time.perf_counter() - self._began
         done = _steps_made(engine)
         last = step + 1 == self.schedule.total_steps
-        if done == self._last or not (last or self.schedule.is_event(done)):
+        # The last event is made even where no update came after the one before it: only it leaves the planes.
+        if not last and (done == self._last or not self.schedule.is_event(done)):
+            return {}
+        if last and done == self._ended_at:
             return {}
         return self._event(done, step, last, engine)
 
     def finalize(self, engine: EditsMasters) -> None:
         """See `ModelTransform.finalize`. Where the last step was left out, its event is still to come."""
         done = _steps_made(engine)
-        if done != self._last:
+        if done != self._ended_at:
             self._event(done, self.schedule.total_steps - 1, True, engine)
 
     def _event(self, done: int, step: int, last: bool, engine: EditsMasters) -> dict[str, float]:
@@ -138,6 +143,8 @@ class Regularise(ModelTransform):
         engine.edit_masters([f"{stem}.weight" for stem in self._rules], edit)
         self._events += 1
         self._last = done
+        if last:
+            self._ended_at = done
         if last and packed:
             self.packed = packed
             if self._store is not None:
@@ -212,7 +219,12 @@ class Regularise(ModelTransform):
 
     def state_dict(self) -> dict[str, Any]:
         """See `ModelTransform.state_dict`."""
-        return {"config": self._config.model_dump(mode="json"), "events": self._events, "last": self._last}
+        return {
+            "config": self._config.model_dump(mode="json"),
+            "events": self._events,
+            "last": self._last,
+            "ended_at": self._ended_at,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `ModelTransform.load_state_dict`.
@@ -229,6 +241,7 @@ class Regularise(ModelTransform):
                 "keep the section, or start another run from the model (init_from)"
             )
         self._events, self._last = int(state.get("events", 0)), int(state.get("last", -1))
+        self._ended_at = int(state.get("ended_at", -1))
 
 
 def _steps_made(engine: EditsMasters) -> int:

@@ -1,0 +1,90 @@
+"""`hcx bench compress`: what compression costs, beside other libraries' quantizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcx.cli.output import echo, print_json, table
+
+
+def compress(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="full-precision model directory")],
+    shards: Annotated[
+        Path | None,
+        typer.Option(help="shards of the model's tokenizer; those MODEL was trained on if absent"),
+    ] = None,
+    bits: Annotated[str, typer.Option(help="planes, comma-separated")] = "4,3,2",
+    group_size: Annotated[int, typer.Option("--group-size", help="of the other libraries; ours follow from it")] = 64,
+    methods: Annotated[str, typer.Option(help="ours, comma-separated")] = "bcq,bcq-offset",
+    peers: Annotated[
+        str | None, typer.Option(help="rtn, hqq, hqq-axis0, gptq, gptq-actorder; all that are installed if absent")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="of calibration text")] = 131_072,
+    shares: Annotated[
+        str | None, typer.Option(help="of calibration text, such as ko=0.4,en=0.4,code=0.2; the shards' if absent")
+    ] = None,
+    max_documents: Annotated[int | None, typer.Option(help="scored per language")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="3 bits, little text")] = False,
+    out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
+) -> None:
+    """KL divergence and bits per byte of our quantizers and others', at equal or fewer bytes, on held-out text."""
+    from hcx.cli.compress import training_shards
+    from hcx.cli.output import append_csv
+    from hcx.compress import Calibration
+    from hcx.config.decode import decode
+    from hcx.errors import ConfigError
+    from hcx.recipe.bench_compress import measure
+    from hcx.recipe.compress_peers import find_peers
+
+    try:
+        widths = [int(part) for part in bits.split(",")]
+        split = [part.partition("=") for part in (shares or "").split(",") if part]
+        given = {name: float(value) for name, _, value in split}
+    except ValueError:
+        raise ConfigError(f"--bits {bits}, --shares {shares}: expected 4,3,2 and ko=0.4,en=0.6") from None
+    if not widths or not all(1 <= width <= 8 for width in widths) or group_size < 8:
+        raise ConfigError(f"--bits {bits}, --group-size {group_size}: 1 to 8 bits, groups of at least 8")
+    if quick:
+        widths, tokens, max_documents = widths[1:2] or widths, min(tokens, 8192), min(max_documents or 8, 8)
+    settings = decode(Calibration, {"tokens": tokens, "shares": given}, "the command line")
+    names = [name for name in peers.split(",") if name] if peers is not None else None
+    rows = []
+    for row in measure(
+        model,
+        shards or training_shards(model),
+        widths,
+        [name for name in methods.split(",") if name],
+        find_peers(names),
+        group_size,
+        settings,
+        max_documents=max_documents,
+    ):
+        rows.append(row)
+        if out is not None:
+            append_csv(out, [row.as_dict()])
+    if as_json:
+        print_json([row.as_dict() for row in rows])
+        return
+    for width, language in dict.fromkeys((row.bits, row.language) for row in rows):
+        own = [row for row in rows if (row.bits, row.language) == (width, language)]
+        table(
+            f"{width} bits, {language}: {own[0].tokens:,} held-out tokens, "
+            f"full precision {own[0].bits_per_byte_full:.4f} bits per byte",
+            ("contender", "group", "bits per weight", "KL (nats per token)", "less the best of ours", "bits per byte"),
+            [
+                (
+                    row.contender,
+                    row.group_size,
+                    f"{row.bits_per_weight:.3f}",
+                    f"{row.kl:.4f} ({row.kl_low:.4f} to {row.kl_high:.4f})",
+                    f"{row.kl_excess:+.4f} ({row.kl_excess_low:+.4f} to {row.kl_excess_high:+.4f})",
+                    f"{row.bits_per_byte:.4f} ({row.bits_per_byte_low:.4f} to {row.bits_per_byte_high:.4f})",
+                )
+                for row in sorted(own, key=lambda row: row.kl)
+            ],
+        )
+    echo(f"calibrated on {rows[0].calibration_tokens:,} tokens of training text, in one pass over full precision")

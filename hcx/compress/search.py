@@ -1,0 +1,269 @@
+"""Non-convex search of clipping and rounding, layer by layer, driven by the task loss (in the style of Q-Rater).
+
+With all earlier layers quantized and frozen and all later ones in full precision, the knobs of one layer are searched
+by the loss of the whole model, frozen, and the next layer follows (Kim et al., arXiv 2105.01868, abstract). Curve,
+grids and the order of the search are this project's.
+
+Such a greedy descent is not monotone over layers, and it can overfit its text: at the end the searched model, plain
+rounding and the clip of least squared error are compared on text that no search has seen, and the best is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hcx.compress.rounding import PLAIN, Knobs, RoundedWeight, mse_knobs, round_weight
+from hcx.compress.search_study import WEIGHT_GRIDS, Losses, Sampler, Trial, accepted, search_layer
+from hcx.data.batch import MicroBatch
+from hcx.errors import DataError
+from hcx.kernels import PackedWeight
+from hcx.model.decoder import Decoder, Sublayer
+from hcx.model.meta import ForwardMeta
+from hcx.model.parts.sources import DenseSource
+from hcx.model.rope import rotary_tables
+
+UNNAMED = "all"
+"""The domain of rows that state none."""
+
+
+class SearchTarget(Protocol):
+    """A model whose layers are quantized one after another."""
+
+    names: Sequence[str]
+    """Its layers, in the order of the forward pass."""
+
+    def begin(self, name: str) -> None:
+        """All layers before this one are frozen from now on: what they compute may be kept."""
+
+    def put(self, name: str, knobs: Knobs | None) -> None:
+        """Quantizes a layer with these knobs, or puts its full-precision weight back."""
+
+    def losses(self) -> Losses:
+        """The task loss of the model as it is, on the text that searches see."""
+
+    def held_out_losses(self) -> Losses:
+        """The task loss on text that no search sees."""
+
+    def least_squares(self, name: str) -> Knobs:
+        """The knobs with the smallest squared error of the weight."""
+
+
+@dataclass
+class SearchOutcome:
+    """What the search found, and what is kept.
+
+    Attributes:
+        chosen: `searched`, `least squares` or `rounding`: the best on held-out text.
+        knobs: of every layer of what was chosen.
+        held_out: candidate -> held-out losses by domain.
+        trials: layer -> every evaluation, in order.
+    """
+
+    chosen: str
+    knobs: dict[str, Knobs]
+    held_out: dict[str, Losses]
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
+
+    @property
+    def evaluations(self) -> int:
+        """Of the task loss, over all layers."""
+        return sum(len(found) for found in self.trials.values())
+
+
+def search_layers(
+    target: SearchTarget,
+    grids: Mapping[str, Sequence[float]] = WEIGHT_GRIDS,
+    rounds: int = 2,
+    sampler: Sampler = "coordinate",
+    epsilon: float = 1e-12,
+    slack: float = 0.02,
+    directory: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> SearchOutcome:
+    """Searches every layer of a model in the order of the forward pass; see `search_layer` for the arguments.
+
+    What comes out is never worse than plain rounding of every layer, on held-out text.
+    """
+    trials: dict[str, list[Trial]] = {}
+    searched: dict[str, Knobs] = {}
+    for name in target.names:
+        target.begin(name)
+
+        def loss(knobs: Knobs, name: str = name) -> Losses:
+            target.put(name, knobs)
+            return target.losses()
+
+        trials[name] = search_layer(
+            name,
+            loss,
+            grids=grids,
+            rounds=rounds,
+            sampler=sampler,
+            epsilon=epsilon,
+            slack=slack,
+            directory=directory,
+            # A layer's losses depend on what was frozen before it.
+            settings={**(settings or {}), "frozen": _digest(searched)},
+            seed=seed,
+        )
+        searched[name] = accepted(trials[name], epsilon, slack)[-1].knobs
+        target.put(name, searched[name])
+        if progress is not None:
+            progress(name)
+    candidates = {
+        "searched": searched,
+        "least squares": {name: target.least_squares(name) for name in target.names},
+        "rounding": dict.fromkeys(target.names, PLAIN),
+    }
+    held_out: dict[str, Losses] = {}
+    target.begin(target.names[0])
+    for candidate, knobs in candidates.items():
+        for name in target.names:
+            target.put(name, knobs[name])
+        held_out[candidate] = target.held_out_losses()
+    chosen = min(candidates, key=lambda one: _mean(held_out[one]))
+    for name in target.names:
+        target.put(name, candidates[chosen][name])
+    return SearchOutcome(chosen, candidates[chosen], held_out, trials)
+
+
+def _mean(losses: Losses) -> float:
+    mean = sum(losses.values()) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _digest(searched: Mapping[str, Knobs]) -> str:
+    return hashlib.sha256(repr(sorted(searched.items())).encode()).hexdigest()[:16]
+
+
+class DecoderTarget:
+    """A decoder and its calibration text: mean next-token loss by language.
+
+    The hidden states at the input of the current block are kept, so an evaluation costs only what comes after.
+
+    Args:
+        decoder: full precision, dense; changed in place.
+        stems: the linear layers to quantize; any order.
+        bits, group_size: of a layer by its stem.
+        text: what searches see.
+        held_out: what they do not.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        stems: Sequence[str],
+        bits: Callable[[str], int],
+        group_size: Callable[[str], int],
+        text: Sequence[MicroBatch],
+        held_out: Sequence[MicroBatch],
+    ) -> None:
+        if not text or not held_out:
+            raise DataError("the search needs text to search on, and other text to compare on at the end")
+        self._decoder, self._bits, self._group_size = decoder, bits, group_size
+        self._text, self._held_out = text, held_out
+        order = {stem: place for place, stem in enumerate(decoder.linears())}
+        self.names: Sequence[str] = sorted(stems, key=lambda stem: (int(stem.split(".")[2]), order[stem]))
+        self._dense = {stem: self._weight(stem).detach().clone() for stem in self.names}
+        self._block = 0
+        self._hidden = self._enter(text)
+
+    def begin(self, name: str) -> None:
+        """Takes the kept hidden states to the block of this layer."""
+        block = int(name.split(".")[2])
+        if block < self._block:
+            self._block, self._hidden = 0, self._enter(self._text)
+        with torch.no_grad():
+            self._hidden = [
+                self._run(hidden, batch, self._block, block)
+                for hidden, batch in zip(self._hidden, self._text, strict=True)
+            ]
+        self._block = block
+
+    @torch.no_grad()
+    def put(self, name: str, knobs: Knobs | None) -> None:
+        """See `SearchTarget.put`."""
+        dense = self._dense[name]
+        self._weight(name).copy_(dense if knobs is None else self.rounded(name, knobs).dense())
+
+    def losses(self) -> Losses:
+        """See `SearchTarget.losses`."""
+        return self._losses(self._hidden, self._text, self._block)
+
+    def held_out_losses(self) -> Losses:
+        """See `SearchTarget.held_out_losses`."""
+        return self._losses(self._enter(self._held_out), self._held_out, 0)
+
+    def least_squares(self, name: str) -> Knobs:
+        """See `SearchTarget.least_squares`."""
+        return mse_knobs(self._dense[name], self._bits(name), self._group_size(name))
+
+    def rounded(self, name: str, knobs: Knobs) -> RoundedWeight:
+        """A layer's codes and steps."""
+        return round_weight(self._dense[name], self._bits(name), self._group_size(name), knobs)
+
+    def packed(self, knobs: Mapping[str, Knobs]) -> dict[str, PackedWeight]:
+        """Every layer in the packed format."""
+        return {name: self.rounded(name, knobs[name]).packed() for name in self.names}
+
+    def full_forward_losses(self) -> Losses:
+        """The same losses by whole forward passes of the decoder; what `losses` must equal."""
+        sums: dict[str, list[float]] = {}
+        with torch.no_grad():
+            for batch in self._text:
+                self._score(self._decoder(batch.tokens, _meta(batch)), batch, sums)
+        return {domain: nats / weight for domain, (nats, weight) in sorted(sums.items())}
+
+    def _weight(self, stem: str) -> Tensor:
+        part = self._decoder.linears()[stem]
+        block = next(one for one in part.blocks if one.stem == stem)
+        assert isinstance(part.source, DenseSource)
+        return part.source.weight[block.rows[0] : block.rows[1]]
+
+    @torch.no_grad()
+    def _enter(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        assert self._decoder.embedding is not None
+        weight, multiplier = self._decoder.embedding.weight, self._decoder.config.embedding_multiplier
+        hidden = [self._decoder.parts.embed(batch.tokens, weight) for batch in batches]
+        return [one * multiplier for one in hidden] if multiplier != 1.0 else hidden
+
+    def _run(self, hidden: Tensor, batch: MicroBatch, start: int, stop: int) -> Tensor:
+        """Through the blocks from `start` to before `stop`, with the decoder's own operations in their order."""
+        config = self._decoder.config
+        rotary = rotary_tables(config, batch.positions, batch.tokens.shape[1], hidden)
+        for index in range(2 * start, 2 * stop):
+            sublayer: Sublayer = self._decoder.sublayers[index]  # type: ignore[assignment]
+            branch = sublayer(hidden, _meta(batch), rotary)
+            hidden = hidden + (branch * config.residual_multiplier if config.residual_multiplier != 1.0 else branch)
+        return hidden
+
+    @torch.no_grad()
+    def _losses(self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], start: int) -> Losses:
+        sums: dict[str, list[float]] = {}
+        for one, batch in zip(hidden, batches, strict=True):
+            made = self._run(one, batch, start, self._decoder.config.num_layers)
+            assert self._decoder.norm is not None
+            self._score(self._decoder.norm(made), batch, sums)
+        return {domain: nats / weight for domain, (nats, weight) in sorted(sums.items())}
+
+    def _score(self, hidden: Tensor, batch: MicroBatch, sums: dict[str, list[float]]) -> None:
+        logprobs = self._decoder.output(hidden).token_logprobs(batch.labels).double()
+        for row in range(batch.tokens.shape[0]):
+            total = sums.setdefault(batch.sources[row] if batch.sources else UNNAMED, [0.0, 0.0])
+            weights = batch.weights[row].double()
+            total[0] -= float((logprobs[row] * weights).sum())
+            total[1] += float(weights.sum())
+
+
+def _meta(batch: MicroBatch) -> ForwardMeta:
+    return ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)

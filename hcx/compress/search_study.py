@@ -1,0 +1,188 @@
+"""One layer's search as a study of optuna, kept in a journal on disk: the door to optuna.
+
+What comes next is a function of the trials that are finished, so a search that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hcx.compress.rounding import KAPPAS, PLAIN, SHIFTS, TILTS, Knobs
+from hcx.errors import ConfigError, MissingExtra
+
+Losses = Mapping[str, float]
+"""Domain (language) -> mean task loss in nats."""
+Sampler = Literal["coordinate", "random", "tpe"]
+WEIGHT_GRIDS: dict[str, tuple[float, ...]] = {"kappa": KAPPAS, "g0": SHIFTS, "g1": TILTS}
+ACTIVATION_GRIDS: dict[str, tuple[float, ...]] = {"kappa_a": KAPPAS, "g_a": SHIFTS}
+JOURNAL = "search.journal"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation."""
+
+    knobs: Knobs
+    losses: Losses
+
+    @property
+    def loss(self) -> float:
+        """Mean over domains."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+def evaluations(grids: Mapping[str, Sequence[float]], rounds: int) -> int:
+    """How many evaluations a layer takes: the start, and every grid point in every round (75 by default)."""
+    return 1 + rounds * sum(len(grid) for grid in grids.values())
+
+
+def accepted(trials: Sequence[Trial], epsilon: float, slack: float) -> list[Trial]:
+    """The trials that became the incumbent, in order; the first is where the search began.
+
+    Args:
+        trials: in the order of evaluation.
+        epsilon: a loss must fall by more than this to win; ties keep the incumbent.
+        slack: no domain's loss may rise by more than this against the incumbent's.
+    """
+    best = [trials[0]]
+    for trial in trials[1:]:
+        incumbent = best[-1]
+        if not math.isfinite(trial.loss) or trial.loss >= incumbent.loss - epsilon:
+            continue
+        if any(loss > incumbent.losses[domain] + slack for domain, loss in trial.losses.items()):
+            continue
+        best.append(trial)
+    return best
+
+
+def next_knobs(
+    trials: Sequence[Trial],
+    grids: Mapping[str, Sequence[float]],
+    rounds: int,
+    start: Knobs,
+    epsilon: float,
+    slack: float,
+) -> Knobs | None:
+    """What coordinate descent evaluates after these trials; None when it is done.
+
+    The winner of each axis is settled before the next axis begins.
+    """
+    if not trials:
+        return start
+    axes = [(name, grid) for _ in range(rounds) for name, grid in grids.items()]
+    done = len(trials) - 1
+    used = 1
+    for name, grid in axes:
+        if done < len(grid):
+            incumbent = accepted(trials[:used], epsilon, slack)[-1].knobs
+            return replace(incumbent, **{name: grid[done]})
+        done -= len(grid)
+        used += len(grid)
+    return None
+
+
+def search_layer(
+    name: str,
+    loss: Callable[[Knobs], Losses],
+    start: Knobs = PLAIN,
+    grids: Mapping[str, Sequence[float]] = WEIGHT_GRIDS,
+    rounds: int = 2,
+    sampler: Sampler = "coordinate",
+    epsilon: float = 1e-12,
+    slack: float = 0.02,
+    directory: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> list[Trial]:
+    """Searches the knobs of one layer; finished trials of an earlier, interrupted search are not evaluated again.
+
+    Args:
+        name: of the layer.
+        loss: the task loss with the layer quantized like this; deterministic.
+        start: evaluated first, and never left for something worse.
+        grids: axis -> values, in the order of the descent.
+        rounds: over all axes.
+        sampler: `coordinate` descent, or as many evaluations of optuna's `random` or `tpe` sampler.
+        epsilon, slack: see `accepted`.
+        directory: holds the journal; nothing is kept if not given.
+        settings: what the losses depend on; a journal made with others is refused.
+        seed: of the samplers.
+
+    Returns:
+        Every trial, in the order of evaluation.
+
+    Raises:
+        MissingExtra: optuna is not installed.
+        ConfigError: the journal belongs to a search with other settings.
+    """
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise MissingExtra("optuna", "search", "the non-convex search") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    samplers: dict[str, Any] = {
+        "coordinate": lambda: optuna.samplers.RandomSampler(seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+    }
+    if sampler not in samplers:
+        raise ConfigError(f"search.sampler = {sampler!r}; valid: {', '.join(samplers)}")
+    storage = None
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        backend = JournalFileBackend(str(directory / JOURNAL))
+        storage = optuna.storages.JournalStorage(backend)
+    study = optuna.create_study(
+        storage=storage, study_name=name, sampler=samplers[sampler](), direction="minimize", load_if_exists=True
+    )
+    stated = json.dumps({**(settings or {}), "start": asdict(start), "grids": {k: list(v) for k, v in grids.items()},
+                         "rounds": rounds, "sampler": sampler, "seed": seed}, sort_keys=True)  # fmt: skip
+    if study.user_attrs.get("settings", stated) != stated:
+        raise ConfigError(
+            f"{directory}: holds a search of {name} with other settings, text or weights; "
+            "remove that directory, or write to another --out"
+        )
+    study.set_user_attr("settings", stated)
+    # Where the search starts need not be a point of the grid.
+    choices = {axis: tuple(dict.fromkeys((*grid, getattr(start, axis)))) for axis, grid in grids.items()}
+    distributions: dict[str, Any] = {
+        axis: optuna.distributions.CategoricalDistribution(values) for axis, values in choices.items()
+    }
+    finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == optuna.trial.TrialState.COMPLETE]
+    finished.sort(key=lambda trial: trial.number)
+    trials = [Trial(replace(start, **trial.params), trial.user_attrs["losses"]) for trial in finished]
+    budget = evaluations(grids, rounds)
+    while len(trials) < budget:
+        if sampler == "coordinate" or not trials:
+            knobs = next_knobs(trials, grids, rounds, start, epsilon, slack)
+            assert knobs is not None
+            found = Trial(knobs, dict(loss(knobs)))
+            # Added when it is finished: a kill in between leaves nothing half done.
+            values = {axis: getattr(knobs, axis) for axis in grids}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=values,
+                    distributions=distributions,
+                    value=_told(found.loss),
+                    user_attrs={"losses": dict(found.losses)},
+                )
+            )
+        else:
+            asked = study.ask(distributions)
+            knobs = replace(start, **asked.params)
+            found = Trial(knobs, dict(loss(knobs)))
+            asked.set_user_attr("losses", dict(found.losses))
+            study.tell(asked, _told(found.loss))
+        trials.append(found)
+    return trials
+
+
+def _told(loss: float) -> float:
+    # optuna refuses NaN; a model that overflows is simply as bad as can be.
+    return loss if math.isfinite(loss) else 1e30

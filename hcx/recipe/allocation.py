@@ -1,0 +1,163 @@
+"""A plan with a bit width for each group of layers: sensitivities on held-out text, then the exact allocation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hcx.compress import CompressPlan, ModulePlan, PlanRule
+from hcx.compress.allocate import Allocation, Choice, allocate
+from hcx.compress.bcq import SCALE_DTYPES
+from hcx.compress.sensitivity import groups_of, measure_sensitivity
+from hcx.data import ShardSet, validation_batches
+from hcx.errors import ConfigError
+from hcx.model.decoder import Decoder
+from hcx.model.load import load_model
+from hcx.model.meta import ForwardMeta
+
+
+@dataclass(frozen=True)
+class AllocationReport:
+    """A plan and the measurements behind it.
+
+    Attributes:
+        plan: what to compress with.
+        allocation: the choice of each group.
+        loss: nats per token at full precision, by language.
+        rises: group -> bits -> language -> rise of the loss with that group alone quantized.
+        average_bits: planes per weight of the plan.
+    """
+
+    plan: CompressPlan
+    allocation: Allocation
+    loss: dict[str, float]
+    rises: dict[str, dict[int, dict[str, float]]]
+    average_bits: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "average_bits": self.average_bits,
+            "bits": self.allocation.bits,
+            "predicted_rise": self.allocation.loss,
+            "loss": self.loss,
+            "rises": self.rises,
+        }
+
+
+def stored_bits(rows: int, columns: int, bits: int, module: ModulePlan) -> int:
+    """Of a matrix with so many planes, by the settings of a plan; scales, offset and padding counted."""
+    groups = -(-columns // min(module.group_size, columns))
+    scale_bits = torch.finfo(SCALE_DTYPES[module.scale_dtype]).bits
+    offset = 32 * rows * groups if module.offset or module.method == "uniform" else 0
+    return bits * rows * (8 * -(-columns // 8) + groups * scale_bits) + offset
+
+
+def allocate_bits(
+    model: str | Path,
+    shards_directory: str | Path,
+    average_bits: float,
+    base: CompressPlan | None = None,
+    widths: Sequence[int] = (1, 2, 3, 4, 5, 6),
+    by: str = "layer",
+    shares: Mapping[str, float] | None = None,
+    max_documents: int = 16,
+    seq_len: int = 256,
+    progress: Callable[[str], None] | None = None,
+) -> AllocationReport:
+    """The plan of least predicted loss that takes no more than `average_bits` planes everywhere would take.
+
+    Args:
+        model: full-precision MODEL directory.
+        shards_directory: whose held-out documents the loss is read on.
+        average_bits: planes per weight, any number between the smallest and the largest width; scales come on top as in
+            a uniform plan.
+        base: everything but the bits; `CompressPlan()` if None. It must not have rules of its own.
+        widths: planes to choose from.
+        by: `matrix`, `layer` (attention and MLP of each block) or `type`.
+        shares: language -> weight of its loss; equal if None.
+        max_documents: per language.
+        seq_len: tokens per row.
+        progress: called after each reading.
+
+    Raises:
+        HcxError: an argument is out of range, or model and shards do not fit.
+    """
+    base = base or CompressPlan()
+    if base.rules or base.default.prune is not None:
+        raise ConfigError("an allocation makes the rules of a plan; give it one without rules and pruning")
+    if not widths or min(widths) < 1 or max(widths) > 8 or len(set(widths)) != len(widths):
+        raise ConfigError(f"widths = {list(widths)}; different numbers from 1 to 8 are allowed")
+    if not min(widths) <= average_bits <= max(widths):
+        raise ConfigError(f"average_bits = {average_bits}; with widths {list(widths)}: {min(widths)} to {max(widths)}")
+    shards = ShardSet.open(shards_directory)
+    weights = _shares(shards, shares)
+    decoder = load_model(model).decoder
+    shapes = {
+        block.name.removesuffix(".weight"): (block.global_shape[0], block.global_shape[-1])
+        for blocks in decoder.parameter_map().values()
+        for block in blocks
+    }
+    stems = [stem for stem in shapes if stem.startswith("model.layers.") and stem.endswith("_proj")]
+    groups = groups_of(stems, by)
+
+    def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
+        return base.default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
+
+    def loss(model: Decoder) -> dict[str, float]:
+        return held_out_loss(model, shards, tuple(weights), seq_len, max_documents)
+
+    whole, rises = measure_sensitivity(decoder, groups, widths, quantized, loss, progress)
+    total = sum(weights.values())
+
+    def cost(name: str, bits: int) -> int:
+        return sum(stored_bits(*shapes[stem], bits, base.default) for stem in groups[name])
+
+    items = {
+        name: [
+            Choice(bits, cost(name, bits), sum(weights[key] * rise for key, rise in rises[name][bits].items()) / total)
+            for bits in widths
+        ]
+        for name in groups
+    }
+    # What `average_bits` planes everywhere would take: a plane costs the same whichever it is.
+    planes = {name: cost(name, 2) - cost(name, 1) for name in groups}
+    budget = sum(cost(name, 1) for name in groups) + math.floor((average_bits - 1) * sum(planes.values()) + 1e-6)
+    found = allocate(items, budget)
+    rules = tuple(PlanRule(pattern=name, bits=choice.bits) for name, choice in found.choices.items())
+    mean = sum(choice.bits * planes[name] for name, choice in found.choices.items()) / sum(planes.values())
+    return AllocationReport(base.model_copy(update={"rules": rules}), found, whole, rises, mean)
+
+
+def _shares(shards: ShardSet, shares: Mapping[str, float] | None) -> dict[str, float]:
+    known = [name for name in shards.languages if shards.shard(name, "validation").num_documents]
+    weights = dict.fromkeys(known, 1.0) if shares is None else dict(shares)
+    if unknown := sorted(set(weights) - set(known)):
+        raise ConfigError(f"shares: no held-out text of {', '.join(unknown)}; there is {', '.join(known)}")
+    if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
+        raise ConfigError(f"shares = {weights}; must not be negative, and one must be positive")
+    return weights
+
+
+@torch.no_grad()
+def held_out_loss(
+    decoder: Decoder, shards: ShardSet, languages: Sequence[str], seq_len: int, max_documents: int
+) -> dict[str, float]:
+    """Nats per token of held-out documents, by language."""
+    found: dict[str, float] = {}
+    for language in languages:
+        sums: dict[str, float] = defaultdict(float)
+        for batch in validation_batches(shards, language, seq_len, 4, max_documents):
+            meta = ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)
+            logprobs = decoder.output(decoder(batch.tokens, meta)).token_logprobs(batch.labels)
+            sums["nats"] -= float((logprobs * batch.weights).sum(dtype=torch.float64))
+            sums["tokens"] += float(batch.weights.sum())
+        found[language] = sums["nats"] / sums["tokens"]
+    return found

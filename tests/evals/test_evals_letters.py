@@ -1,0 +1,89 @@
+"""Letter-answer tasks: rows of one form, options shuffled the same way everywhere, every letter one token."""
+
+import datasets
+import pytest
+
+from hcx.errors import DataError
+from hcx.evals import letters
+
+ARC = {
+    "id": "x",
+    "question": "Which grows on trees?",
+    "choices": {"label": ["1", "2", "3", "4"], "text": ["an apple", "the sea", "a cloud", "a stone"]},
+    "answerKey": "1",
+}
+
+
+def rows(process, *items):
+    return list(process(datasets.Dataset.from_list(list(items))))
+
+
+def test_shuffled_options_keep_the_answer_and_do_not_depend_on_other_items():
+    (first,) = rows(letters.arc, ARC)
+    again = rows(letters.arc, {**ARC, "question": "Another?"}, ARC)[1]
+    assert first == again
+    assert first["choices"][first["gold"]] == "an apple"
+    assert sorted(first["choices"]) == sorted(ARC["choices"]["text"])
+
+
+def test_shuffling_puts_the_answer_everywhere():
+    found = {rows(letters.arc, {**ARC, "question": f"Question {i}?"})[0]["gold"] for i in range(60)}
+    assert found == {0, 1, 2, 3}
+
+
+def test_options_may_be_a_list_of_mappings():
+    listed = [{"label": label, "text": text} for label, text in zip(*ARC["choices"].values(), strict=True)]
+    assert rows(letters.arc, {**ARC, "choices": listed}) == rows(letters.arc, ARC)
+
+
+def test_a_column_that_is_not_there_stops_the_run_and_names_those_that_are():
+    with pytest.raises(
+        DataError, match=r"item 0: not of the expected schema \(KeyError.*sol2.*columns: goal, label, sol1"
+    ):
+        rows(letters.piqa, {"goal": "x", "sol1": "y", "label": 0})
+
+
+def test_an_answer_that_is_no_option_stops_the_run():
+    with pytest.raises(DataError, match="the answer is not among its 2 options"):
+        rows(letters.piqa, {"goal": "x", "sol1": "y", "sol2": "z", "label": 2})
+
+
+def test_hidden_answers_are_not_taken_for_the_first_option():
+    # The test split of X-CSQA has empty answers.
+    with pytest.raises(DataError, match="not of the expected schema"):
+        rows(letters.x_csqa, {"question": {"stem": "x", "choices": ARC["choices"]}, "answerKey": ""})
+
+
+def test_hellaswag_text_is_cleaned_as_lm_eval_cleans_it():
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    item = {
+        "activity_label": "Baking",
+        "ctx_a": "She mixes flour [step] and  water.",
+        "ctx_b": "the dough [title] rests",
+        "endings": ["She bakes it [substeps] now.", "b", "c", "d"],
+        "label": "2",
+    }
+    data = datasets.Dataset.from_list([item])
+    (theirs,) = process_docs(data)
+    (ours,) = letters.hellaswag(data)
+    assert (ours["question"], ours["choices"], ours["gold"]) == (theirs["query"], theirs["choices"], theirs["gold"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from hcx.model.convert.tokenizer import transformers_tokenizer
+    from hcx.testing.evaluation import evaluable_directory
+
+    return transformers_tokenizer(evaluable_directory(tmp_path_factory.mktemp("letters") / "model"))
+
+
+@pytest.mark.parametrize("delimiter", [" ", "\n", ""])
+@pytest.mark.parametrize("cue", ["Answer:", "정답:", "정답："])
+def test_every_letter_takes_as_many_tokens_after_the_cue(delimiter, cue, tokenizer):
+    """Otherwise the restricted choice would compare sums over different numbers of tokens."""
+    context = tokenizer.encode(cue)
+    for letter in letters.KOBALT_LETTERS:
+        whole = tokenizer.encode(f"{cue}{delimiter}{letter}")
+        assert whole[: len(context)] == context
+        assert len(whole) == len(tokenizer.encode(f"{cue}{delimiter}A"))

@@ -1,0 +1,63 @@
+"""`--average-bits`: sensitivities on held-out text, the exact allocation, and a model made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hcx.cli.main import main
+from hcx.compress import CompressPlan, ModulePlan, compress_model
+from hcx.errors import ConfigError
+from hcx.recipe.allocation import allocate_bits
+from hcx.testing.shards import tiny_shards
+from hcx.testing.tiny import tiny_model_directory
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("allocation")
+    tiny_model_directory(root / "full", with_tokenizer=False)
+    tiny_shards(root, documents=15, vocab_size=384)
+    return root
+
+
+BASE = CompressPlan(default=ModulePlan(group_size=32, method="greedy"))
+
+
+def test_a_fractional_average_is_met_and_takes_no_more_than_uniform_planes(made: Path, tmp_path: Path) -> None:
+    found = allocate_bits(made / "full", made / "shards", 2.5, BASE, (1, 2, 3, 4), max_documents=2, seq_len=64)
+    assert 2.2 < found.average_bits <= 2.5
+    summary = compress_model(made / "full", tmp_path / "mixed", found.plan)
+    assert summary.bits_per_weight <= 2.5 * (1 + 16 / 32) + 1e-9
+    assert set(found.loss) == {"ko", "en", "code"}
+    # Every group's rise was read at every width, and the plan's predicted rise is the sum of its choices.
+    assert found.allocation.loss == pytest.approx(
+        sum(sum(found.rises[name][bits].values()) / 3 for name, bits in found.allocation.bits.items())
+    )
+    uniform = sum(sum(rises[2].values()) / 3 for rises in found.rises.values())
+    assert found.allocation.loss <= uniform  # 2 bits everywhere would have been within the budget
+
+
+def test_the_command_chooses_and_compresses(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compress", str(made / "full"), "--average-bits", "3.5", "--by", "type", "--group-size", "32"]
+    arguments += ["--method", "greedy", "--shards", str(made / "shards"), "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bits_per_weight"] <= 3.5 * 1.5 + 1e-9
+    bits = {name: module["bits"] for name, module in answer["modules"].items()}
+    assert bits["model.layers.0.mlp.up_proj"] == bits["model.layers.1.mlp.up_proj"]
+
+
+def test_bad_requests_say_what_is_allowed(made: Path) -> None:
+    for change, message in (
+        ({"average_bits": 9.0}, "1 to 6"),
+        ({"widths": (2, 2)}, "different numbers from 1 to 8"),
+        ({"shares": {"jp": 1.0}}, "no held-out text of jp; there is ko, en, code"),
+        ({"by": "block"}, "allowed: layer, type, matrix"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            allocate_bits(made / "full", made / "shards", **{"average_bits": 2.0, "base": BASE, **change})
