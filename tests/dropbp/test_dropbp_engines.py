@@ -143,7 +143,7 @@ LAYOUTS: dict[str, AnyEngine] = {
     "pp2": MegatronEngineConfig(pipeline_parallel=2),
     "tp2-pp2": MegatronEngineConfig(tensor_parallel=2, pipeline_parallel=2),
 }
-QUICK = ("ddp2", "zero2", "megatron-dp2", "pp2")
+QUICK = ("zero2", "megatron-dp2", "pp2")
 
 
 def marked(names: tuple[str, ...]) -> list[Any]:
