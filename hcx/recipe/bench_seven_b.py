@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hcx.compress import InputStatistics
 from hcx.compress.plan import ModulePlan
 from hcx.dist import derived_generator
 from hcx.errors import ConfigError, HcxError
@@ -27,6 +28,7 @@ from hcx.model.config import ModelConfig
 from hcx.model.convert.hf import export_hf
 from hcx.model.load import tensor_names
 from hcx.obs.machine import cpu_name
+from hcx.recipe.compress_peers import find_peers
 
 SEVEN_B = ModelConfig(
     vocab_size=32000,
@@ -215,18 +217,8 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor] | None:
     """HQQ's own quantizer on a CPU, or None where the package is not installed or lacks these bits."""
-    try:
-        from hqq.core.quantize import Quantizer
-    except ImportError:
+    peer = find_peers().get("hqq")
+    if peer is None or bits not in (1, 2, 3, 4, 8):  # the widths that it packs
         return None
-    if bits not in Quantizer.SUPPORTED_BITS:
-        return None
-
-    def quantize(weight: Tensor) -> Tensor:
-        packed, meta = Quantizer.quantize(
-            weight, nbits=bits, group_size=group_size, axis=1, device="cpu", compute_dtype=torch.float32
-        )
-        result: Tensor = Quantizer.dequantize(packed, meta)
-        return result
-
-    return quantize
+    unused = InputStatistics(torch.empty(0, 0), 0)  # HQQ reads no inputs
+    return lambda weight: peer.quantize(weight, unused, bits, group_size)
