@@ -63,6 +63,12 @@ def _show(made: Plan) -> None:
             )
         ],
     )
+    other = made.switched
+    echo(
+        f"With {other.overrides[0]}: {other.fullest.total / 2**30:.2f} GiB on the fullest stage "
+        f"({other.fullest.activations / 2**30:.2f} of activations), {other.time.total:.3f} s per step"
+    )
+    echo()
     sent, time = chosen.communication, chosen.time
     table(
         "One optimizer step (time is an estimate for ranking)",

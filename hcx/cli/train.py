@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hcx.cli.output import echo, print_json, table
+from hcx.errors import LaunchError
 
 if TYPE_CHECKING:
     from hcx.recipe import TrainRecipe
+
+LOCAL_PROCESSES = 8
+"""Processes that are started on one machine, however few its cores are."""
 
 
 def register(app: typer.Typer) -> None:
@@ -50,6 +55,7 @@ def train(
         echo(f"# {parameter_count(loaded.model):,} parameters, {tokens:,} tokens, {loaded.world_size} processes: legal")
         return 0
     if world_size == 1 and loaded.world_size > 1:
+        _refuse_a_cluster(loaded)
         return run_local_ranks(this_command(), loaded.world_size)
 
     from hcx.cli.main import EXIT_RESUMABLE
@@ -78,6 +84,16 @@ def train(
                 table("held-out text", ("language", "bits per byte"), rows)
             echo("\n".join(written))
     return 0 if result.finished else EXIT_RESUMABLE
+
+
+def _refuse_a_cluster(recipe: TrainRecipe) -> None:
+    """Hundreds of processes on one machine help nobody."""
+    most = max(LOCAL_PROCESSES, os.cpu_count() or 1)
+    if recipe.world_size > most:
+        raise LaunchError(
+            f"{recipe.name} needs {recipe.world_size} processes, and at most {most} are started on one machine; start "
+            "them by torchrun or SLURM on a cluster, or try the recipe here with --rehearse"
+        )
 
 
 def _rehearse(recipe: TrainRecipe, as_json: bool) -> int:

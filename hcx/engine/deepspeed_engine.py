@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -191,6 +192,8 @@ class DeepSpeedEngine(ShardedEngine):
         rank, world_size, local_rank = process_environment()
         require_legal(engine_config, model_config, world_size)
         join_process_group(world_size)
+        # The library insists on its launcher's variable, which neither SLURM nor a process alone has.
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
         self.topology = Topology(rank, world_size)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():

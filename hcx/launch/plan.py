@@ -64,6 +64,7 @@ class Plan:
         flops_per_token: forward and backward.
         tokens_per_step: over all replicas.
         chosen: the recipe's own layout.
+        switched: the same with `engine.activation_checkpointing` the other way.
         ranked: legal layouts on as many GPUs that fit, fastest first.
         total_tokens: of the whole run.
     """
@@ -74,6 +75,7 @@ class Plan:
     flops_per_token: float
     tokens_per_step: int
     chosen: Layout
+    switched: Layout
     ranked: tuple[Layout, ...]
     total_tokens: int
 
@@ -99,6 +101,7 @@ class Plan:
             "tokens_per_step": self.tokens_per_step,
             "fits": self.chosen.fits,
             "layout": layout_json(self.chosen),
+            "switched_checkpointing": layout_json(self.switched),
             "utilisation": self.utilisation,
             "days": self.days,
             "ranked": [layout_json(layout) for layout in self.ranked],
@@ -145,6 +148,8 @@ def make_plan(recipe: TrainRecipe, profile: ClusterProfile) -> Plan:
     work = _workload(recipe, recipe.train.micro_batch)
     world = recipe.world_size
     chosen = _layout(recipe, recipe.engine, recipe.train.micro_batch, world, profile)
+    engine = recipe.engine
+    other = engine.model_copy(update={"activation_checkpointing": not engine.activation_checkpointing})
     ranked = sorted(_fitting(recipe, world, profile), key=lambda layout: layout.time.total)
     return Plan(
         name=recipe.name,
@@ -153,6 +158,7 @@ def make_plan(recipe: TrainRecipe, profile: ClusterProfile) -> Plan:
         flops_per_token=training_flops_per_token(recipe.model, work.seq_len),
         tokens_per_step=work.step_tokens,
         chosen=chosen,
+        switched=_layout(recipe, other, recipe.train.micro_batch, world, profile),
         ranked=tuple(ranked),
         total_tokens=work.step_tokens * recipe.train.steps,
     )

@@ -23,6 +23,7 @@ from hcx.engine.base import Engine, StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.common import storage_bytes
 from hcx.engine.config import EngineConfig, MegatronEngineConfig
+from hcx.errors import HcxError
 from hcx.model.adapters import LoRA, LoRAConfig
 from hcx.model.config import ModelConfig
 from hcx.model.weights import InitWeights
@@ -161,4 +162,8 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except HcxError as error:
+        sys.stderr.write(f"hcx: {error}\n")
+        sys.exit(2)

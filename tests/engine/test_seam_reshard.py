@@ -109,13 +109,24 @@ def chain(pool: WorkerPool, undisturbed: TrainRecipe, name: str, legs: list[tupl
 
 
 @pytest.mark.parametrize(
-    ("first", "last"), [("zero3", "pp2"), ("dp2-distopt", "zero1"), ("tp2-sp", "ddp2")], ids="-to-".join
+    ("first", "alone", "last"),
+    [
+        ("zero3", TorchEngineConfig(), "pp2"),
+        # Started by no launcher: the library's own variables are not there.
+        ("dp2-distopt", DeepSpeedEngineConfig(zero_stage=2), "zero1"),
+        ("tp2-sp", TorchEngineConfig(), "ddp2"),
+    ],
 )
 def test_a_run_goes_on_alone_and_then_on_another_engine(
-    pool: WorkerPool, undisturbed: TrainRecipe, first: str, last: str
+    pool: WorkerPool,
+    undisturbed: TrainRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    alone: AnyEngineConfig,
+    last: str,
 ) -> None:
-    legs = [(2, TWO_RANKS[first]), (1, TorchEngineConfig()), (2, TWO_RANKS[last])]
-    chain(pool, undisturbed, f"{first}-{last}", legs)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    chain(pool, undisturbed, f"{first}-{last}", [(2, TWO_RANKS[first]), (1, alone), (2, TWO_RANKS[last])])
 
 
 @pytest.mark.slow

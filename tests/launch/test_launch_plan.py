@@ -297,3 +297,19 @@ def test_a_profile_with_more_memory_fits_more() -> None:
     assert large.chosen.fits
     assert small.chosen.memory == large.chosen.memory
     assert large.profile.usable_bytes - small.profile.usable_bytes == 60 * GIB
+
+
+def test_recomputation_trades_activations_for_time() -> None:
+    plan = make_plan(shipped("7b"), load_profile("h100"))
+    assert plan.switched.overrides == ("engine.activation_checkpointing=true",)
+    kept, again = plan.chosen, plan.switched
+    assert again.fullest.activations < kept.fullest.activations / 4
+    assert again.fullest.held == kept.fullest.held
+    assert again.time.compute == pytest.approx(kept.time.compute * 4 / 3)
+
+
+def test_a_run_of_a_whole_cluster_is_not_started_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "train", "launch/train/70b.yaml")
+    assert code == 2
+    assert "70b needs 512 processes" in error
+    assert "--rehearse" in error
