@@ -15,6 +15,7 @@ import torch
 
 from hcx.artifacts import find_resource
 from hcx.cli.main import main
+from hcx.compress import CompressPlan, ModulePlan, compress_model
 from hcx.model.load import ModelFiles, load_model
 from hcx.model.meta import ForwardMeta
 from hcx.testing.gguf import smollm2_file
@@ -104,6 +105,27 @@ def test_ids_are_those_of_a_slow_loop_over_the_published_pattern(file: Path) -> 
         assert "".join(words) == text
         mapped = ("".join(character[byte] for byte in word.encode()) for word in words)
         assert tokenizer.encode(text) == [model["vocab"][piece] for word in mapped for piece in _pieces(word, ranks)]
+
+
+# Bar of the equality at `reference`: dequantized weights are equal, products are summed in another order.
+CODED_TOLERANCE = 1e-4
+
+
+def test_compressed_from_the_file_it_computes_alike_here_and_in_transformers(file: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from hcx.model.convert.registration import register
+
+    register()
+    plan = CompressPlan(default=ModulePlan(bits=4, group_size=96, method="uniform"))
+    compress_model(file, tmp_path / "bcq", plan)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bcq", dtype=torch.float32)
+    ours = load_model(tmp_path / "bcq")
+    assert ours.tokenizer is not None
+    tokens = torch.tensor([ours.tokenizer.encode(_texts()[0])[:96]])
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        found = ours.decoder.output(ours.decoder(tokens, ForwardMeta())).logits()
+    torch.testing.assert_close(found, expected, rtol=0, atol=CODED_TOLERANCE)
 
 
 def test_it_knows_the_capital_of_france(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
