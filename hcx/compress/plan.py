@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
@@ -236,6 +236,21 @@ class CompressPlan(Config):
     """Search clip and rounding by the task loss; `method: uniform` only."""
 
     @model_validator(mode="after")
+    def _check_rules_with_default(self) -> Self:
+        for number, rule in enumerate(self.rules):
+            if rule.keep:
+                continue
+            try:
+                self._merged(rule)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"rules.{number} with what it takes from the default: {reason}") from None
+        return self
+
+    def _merged(self, rule: PlanRule) -> ModulePlan:
+        return ModulePlan.model_validate({**self.default.model_dump(), **rule.changes()})
+
+    @model_validator(mode="after")
     def _check_statistics(self) -> Self:
         if self.search is not None:
             stated: list[ModulePlan | PlanRule] = [self.default, *(rule for rule in self.rules if not rule.keep)]
@@ -272,7 +287,7 @@ class CompressPlan(Config):
             return self.default
         if rule.keep:
             return None
-        return ModulePlan.model_validate({**self.default.model_dump(), **rule.changes()})
+        return self._merged(rule)
 
     def check_rules(self, stems: Sequence[str]) -> None:
         """Refuses a rule that changes nothing: it is a slip of the pen.

@@ -45,11 +45,17 @@ class BCQWeight(nn.Module):
         self.register_buffer("scales", torch.empty(bits, rows, groups, dtype=dtype))
         if entry.get("offset"):
             self.register_buffer("offset", torch.empty(rows, groups, dtype=torch.float32))
+        # Narrower widths are read, so that no tensor of the files is left over; what is computed with is the widest.
+        for width in list(entry.get("widths") or [])[:-1]:
+            self.register_buffer(f"scales_{width}", torch.empty(width, rows, groups, dtype=dtype))
+            if entry.get("offset"):
+                self.register_buffer(f"offset_{width}", torch.empty(rows, groups, dtype=torch.float32))
 
     def packed(self) -> PackedWeight:
         """The weight."""
         tensors = {f"module.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
-        return PackedWeight.from_tensors("module", tensors, self.entry)
+        packed = PackedWeight.from_tensors("module", tensors, self.entry)
+        return packed.at(packed.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # `model.half()` and the like are about activations: rounded scales would be another model.
