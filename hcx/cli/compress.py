@@ -130,7 +130,7 @@ def compress(
 def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
     """The plan of this name or file, its default changed."""
     from hcx.artifacts import find_file, resource_names
-    from hcx.compress import CompressPlan, ModulePlan
+    from hcx.compress import CompressPlan
     from hcx.config import load_config
     from hcx.config.decode import decode
     from hcx.errors import ConfigError, did_you_mean
@@ -144,8 +144,9 @@ def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
         chosen = load_config(CompressPlan, path)
     if not changes:
         return chosen
-    default = decode(ModulePlan, chosen.default.model_dump(mode="json") | changes, "the command line")
-    return chosen.model_copy(update={"default": default})
+    # Decoded whole, so that what holds between the default and the rest is checked again.
+    whole = chosen.model_dump(mode="json")
+    return decode(CompressPlan, {**whole, "default": whole["default"] | changes}, "the command line")
 
 
 def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]) -> dict[str, PackedWeight]:

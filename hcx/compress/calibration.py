@@ -176,11 +176,13 @@ class BlockResult:
         packed: stem -> packed weight.
         dense: canonical name -> tensor that is kept dense but changed (scales were folded into it).
         errors: stem -> relative squared error of the layer's outputs.
+        weight_errors: stem -> `|W - W'|_F / |W|_F`, of the weight after scales were folded in.
     """
 
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    weight_errors: dict[str, float] = field(default_factory=dict)
 
 
 class Calibrator:
@@ -253,6 +255,8 @@ class Calibrator:
                 scale = float(((own.double() @ statistics.gram.double()) * own).sum())
                 lost = float(((rest @ statistics.gram.double()) * rest).sum())
                 result.errors[one.stem] = lost / scale if scale else 0.0
+                norm = float(own.norm())
+                result.weight_errors[one.stem] = float(rest.norm()) / norm if norm else 0.0
                 own.copy_(dense)
         self._walk.advance(block)
         return result

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
@@ -272,6 +272,22 @@ class CompressPlan(Config):
     """Search clip and rounding by the task loss; `method: uniform` only."""
 
     @model_validator(mode="after")
+    def _check_rules_with_default(self) -> Self:
+        for number, rule in enumerate(self.rules):
+            if rule.keep:
+                continue
+            try:
+                self._merged(rule)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"rules.{number} with what it takes from the default: {reason}") from None
+        return self
+
+    def _merged(self, rule: PlanRule) -> ModulePlan:
+        base = self.default if rule.scheme is None else self.schemes.get(rule.scheme, self.default)
+        return ModulePlan.model_validate({**base.model_dump(), **rule.changes()})
+
+    @model_validator(mode="after")
     def _check_statistics(self) -> Self:
         if self.search is not None:
             stated: list[ModulePlan | PlanRule] = [self.default, *(rule for rule in self.rules if not rule.keep)]
@@ -314,8 +330,7 @@ class CompressPlan(Config):
             return self.default
         if rule.keep:
             return None
-        base = self.default if rule.scheme is None else self.schemes[rule.scheme]
-        return ModulePlan.model_validate({**base.model_dump(), **rule.changes()})
+        return self._merged(rule)
 
     def rule_of(self, stem: str) -> str:
         """What decides on a module: a rule's pattern (and its scheme), `default`, `embedding` or `output`."""

@@ -339,8 +339,11 @@ def _compressed(
                     packed = block.packed[stem] if block is not None else module.quantize(weight.float())
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
-            norm = float(weight.float().norm())
-            relative = float((packed.dequantize() - weight.float()).norm()) / norm if norm else 0.0
+            if block is not None:
+                relative = block.weight_errors[stem]
+            else:
+                norm = float(weight.float().norm())
+                relative = float((packed.dequantize() - weight.float()).norm()) / norm if norm else 0.0
             summary.modules.append(
                 ModuleResult(
                     stem,

@@ -33,6 +33,11 @@ def _stored_tensors(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...]
     }
     if entry.get("offset"):
         found["offset"] = ((rows, groups), torch.float32)
+    for width in list(entry.get("widths") or [])[:-1]:
+        # Narrower widths are read too, so that no tensor of the files is left over.
+        found[f"scales_{width}"] = ((width, rows, groups), dtype)
+        if entry.get("offset"):
+            found[f"offset_{width}"] = ((rows, groups), torch.float32)
     if entry.get("row_segments"):
         runs = sum(int(run["rows"]) * int(run["bits"]) for run in entry["row_segments"])
         found["planes"], found["scales"] = ((runs * row_bytes,), torch.uint8), ((runs * groups,), dtype)

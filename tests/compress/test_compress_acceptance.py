@@ -112,7 +112,7 @@ def test_l6_no_half_step_of_alternation_raises_the_error(offset: bool, weighted:
 
 def test_l6_errors_on_normal_weights_are_those_of_the_specification() -> None:
     """Its table for groups of 128: greedy, refined greedy, alternation with an offset, each within 2 to 3 %."""
-    weight = _normal(256, 1024, 3)
+    weight = _normal(128, 1024, 3)
     norm = float(weight.square().sum())
 
     def error(packed: PackedWeight) -> float:

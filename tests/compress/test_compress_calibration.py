@@ -266,3 +266,17 @@ def test_the_command_reads_the_text_that_the_model_was_trained_on(
 def test_no_text_is_an_error_of_its_own() -> None:
     with pytest.raises(DataError, match="no tokens"):
         BlockWalk(tiny_config(), lambda name: torch.zeros(1), [])
+
+
+def test_a_rule_that_does_not_go_with_the_default_is_named() -> None:
+    nested = {"bits": 4, "widths": (2, 3, 4)}
+    with pytest.raises(ValueError, match=r"rules\.1 with what it takes from the default: widths = \[2, 3, 4\]"):
+        CompressPlan.model_validate(
+            {"default": nested, "rules": ({"pattern": "*.q_proj", "keep": True}, {"pattern": "*.o_proj", "bits": 6})}
+        )
+    plan = CompressPlan.model_validate(
+        {"default": nested, "rules": ({"pattern": "*.o_proj", "bits": 6, "widths": ()},)}
+    )
+    module = plan.module("model.layers.0.self_attn.o_proj")
+    assert module is not None
+    assert (module.bits, module.widths) == (6, ())

@@ -152,6 +152,7 @@ def test_a_damaged_gram_matrix_is_refused() -> None:
         quantize_to_outputs(weight, gram, METHODS["uniform"], GridOptions(3), 32)
 
 
+@pytest.mark.slow  # importing the peer takes longer than all else here
 def test_feedback_equals_another_library_where_it_is_installed() -> None:
     """llmcompressor's GPTQ of one weight with our step sizes: the same integers, but for ties and rounding."""
     pytest.importorskip("llmcompressor", reason="the peer is not installed: pip install llmcompressor --no-deps")

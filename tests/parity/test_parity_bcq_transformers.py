@@ -31,8 +31,12 @@ def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     source = tiny_model_directory(root / "full", request.param, with_tokenizer=False)
     plan = CompressPlan(
         default=ModulePlan(bits=3, group_size=40, offset=True),
-        # One stem of a fused matrix kept, another with other bits: the loader must split the fused part.
-        rules=(PlanRule(pattern="*.layers.0.*.k_proj", keep=True), PlanRule(pattern="*.up_proj", bits=2)),
+        # One stem of a fused matrix kept, another with other bits: the loader must split the fused part; one nested.
+        rules=(
+            PlanRule(pattern="*.layers.0.*.k_proj", keep=True),
+            PlanRule(pattern="*.up_proj", bits=2),
+            PlanRule(pattern="*.o_proj", widths=(2, 3)),
+        ),
     )
     compress_model(source, root / "bcq", plan)
     return root / "bcq"

@@ -44,6 +44,7 @@ def test_our_groups_are_the_smallest_that_take_no_more_bytes(bits: int, offset: 
         group_within(bits, float(bits), offset)
 
 
+@pytest.mark.slow  # importing the peers takes longer than all else here
 def test_peers_give_a_weight_on_as_many_levels_as_they_have_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 64, generator=generator)
@@ -70,7 +71,17 @@ def test_the_command_compares_at_equal_bytes_and_appends_rows(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["bench", "compress", str(model), "--bits", "3", "--group-size", "32", "--tokens", "1536"]
-    arguments += ["--max-documents", "12", "--methods", "bcq,bcq-plain", "--out", str(tmp_path / "rows.csv"), "--json"]
+    arguments += [
+        "--max-documents",
+        "12",
+        "--methods",
+        "bcq,bcq-plain",
+        "--peers",
+        "rtn",
+        "--out",
+        str(tmp_path / "rows.csv"),
+        "--json",
+    ]
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 0

@@ -42,7 +42,8 @@ class BCQWeight(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight."""
         tensors = {f"module.{name}": buffer for name, buffer in self.named_buffers(recurse=False)}
-        return PackedWeight.from_tensors("module", tensors, self.entry)
+        packed = PackedWeight.from_tensors("module", tensors, self.entry)
+        return packed.at(packed.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # `model.half()` and the like are about activations: rounded scales would be another model.
