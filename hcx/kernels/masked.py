@@ -321,6 +321,8 @@ def read_masked(stem: str, tensors: Mapping[str, Tensor], entry: Mapping[str, An
         KernelError: a tensor is missing, cut short or damaged, shapes disagree, or the encoding is unknown.
     """
     encoding = entry.get("encoding")
+    if encoding is not None and entry.get("mask") is None:
+        raise KernelError(f"{stem}: the option 'encoding' = {encoding!r} is not supported without a mask")
     if entry.get("mask") not in MASKS:
         raise KernelError(
             f"{stem}: mask = {entry.get('mask')!r} is not supported by this version of hcx; supported: "

@@ -19,7 +19,7 @@ def stored_tensors(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...],
     """
     try:
         return _stored_tensors(entry)
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as error:
         raise KernelError(f"quantization_config: a module's entry is damaged ({error!r})") from None
 
 
@@ -47,6 +47,10 @@ def _stored_tensors(entry: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...]
         found["mask"] = (((int(entry["mask_bytes"]),) if entry.get("mask_bytes") else (rows, row_bytes)), torch.uint8)
     encoding = entry.get("encoding")
     if encoding:
+        if not entry.get("mask"):
+            raise KernelError(
+                f"the option 'encoding' = {encoding.get('kind')!r} is not supported here; convert it first"
+            )
         del found["planes"]
         n_in, n_out, n_s = (int(encoding[key]) for key in ("n_in", "n_out", "n_s"))
         stream = 8 * (rows * row_bytes if encoding["traversal"] == "rows" else 8 * row_bytes * -(-rows // 8))

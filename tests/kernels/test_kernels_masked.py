@@ -213,6 +213,8 @@ def test_what_is_cut_short_or_missing_is_named() -> None:
             read_masked(STEM, {k: v for k, v in tensors.items() if not k.endswith(name)}, entry)
     with pytest.raises(KernelError, match=r"encoding' = .*zip.*not supported"):
         read_masked(STEM, tensors, entry | {"encoding": {"kind": "zip"}})
+    with pytest.raises(KernelError, match=r"'encoding' = 'flexor' is not supported"):
+        stored_tensors({**entry, "mask": None, "encoding": {"kind": "flexor"}})
     with pytest.raises(KernelError, match=r"mask = 'coded' is not supported"):
         read_masked(STEM, tensors, entry | {"mask": "coded"})
 
