@@ -201,8 +201,14 @@ def task_cards() -> dict[str, TaskCard]:
     Raises:
         ConfigError: a file is malformed, its metadata is, or two have one name.
     """
+    return dict(_read_cards(tasks_directory()))
+
+
+@cache
+def _read_cards(tasks: Path) -> dict[str, TaskCard]:
+    """Read once: a suite's tasks are looked up by name again and again."""
     cards: dict[str, TaskCard] = {}
-    for path in sorted(tasks_directory().rglob("*.yaml")):
+    for path in sorted(tasks.rglob("*.yaml")):
         values = _read_task(path)
         metadata = decode(TaskMetadata, values.get("metadata") or {}, f"{path}: metadata")
         datasets: tuple[tuple[str, str | None], ...] = ()

@@ -86,6 +86,11 @@ FORGED = {
 }
 
 
+def test_an_object_that_is_no_plain_data_is_not_true(sandbox):
+    assert sandbox.check_asserts("def f():\n    return True", ["assert f()"]).passed
+    assert not sandbox.check_asserts("def f():\n    return object()", ["assert f()"]).passed
+
+
 @pytest.mark.parametrize("body", FORGED.values(), ids=FORGED.keys())
 def test_a_forged_pass_is_not_counted(sandbox, body):
     assert not answer_of(sandbox, body).passed

@@ -69,6 +69,9 @@ class Remote(Handle):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._channel.call(self.number, args, kwargs)
 
+    def __bool__(self) -> bool:
+        raise TypeError("the program returned an object, and only plain data can be true")
+
 
 def _own(value: Any) -> int:
     raise TypeError(f"the tests pass a {type(value).__name__}, which cannot be sent to the program")
