@@ -3,8 +3,8 @@
 Words are cut out of held-out documents, and each model is asked for them in three ways: prefix-suffix-middle,
 suffix-prefix-middle (Bavarian et al. 2022, arXiv 2207.14255, section 3), and left to right from the prefix alone. All
 are scored from one forward pass each: a middle counts as an exact match where every one of its tokens is the most
-likely one, which is what greedy decoding would have written. After a rearranged prompt it must also end there; after
-the prefix alone it need not, which favours left to right.
+likely one, which is what greedy decoding would have written. Whether it also ends there is told apart: trained middles
+are a third of a row on average, so ending after a word is rare in training, and the prefix alone knows no end.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class InfillFigures:
         way: how it was asked.
         count: number of blanks.
         exact: share that greedy decoding writes exactly, with its 95 % interval (Wilson).
+        ended: share that it writes exactly and ends there; 0 for left to right, which has no end.
         bits_per_byte: of the middles alone.
     """
 
@@ -62,6 +63,7 @@ class InfillFigures:
     way: Way
     count: int
     exact: tuple[float, float, float]
+    ended: float
     bits_per_byte: float
 
 
@@ -179,7 +181,7 @@ def fill(
     tokenizer = model.tokenizer
     limit = model.config.max_seq_len
     asked = [_tokens(tokenizer, blank, way, limit) for blank in cut]
-    exact, nats = 0, 0.0
+    exact, ended, nats = 0, 0, 0.0
     for start in range(0, len(asked), micro_batch):
         group = asked[start : start + micro_batch]
         length = max(len(prompt) + len(answer) for prompt, answer in group)
@@ -191,14 +193,25 @@ def fill(
             places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
             logprobs = model.decoder.output(hidden[places, row : row + 1]).logits()[0].float().log_softmax(-1)
             labels = torch.tensor(answer)
-            # End-of-text after a rearranged middle decides whether it is exact; it is no byte of the middle.
+            # End-of-text after a rearranged middle is no byte of the middle.
             middle = len(answer) - (way != "left_to_right")
             nats -= float(logprobs[:middle].gather(-1, labels[:middle, None]).sum(dtype=torch.float64))
-            exact += bool((logprobs.argmax(-1) == labels).all())
+            right = logprobs.argmax(-1) == labels
+            exact += bool(right[:middle].all())
+            ended += way != "left_to_right" and bool(right.all())
     share = exact / len(cut)
     low, high = wilson(share, len(cut))
     num_bytes = sum(len(blank.middle.encode()) for blank in cut)
-    return InfillFigures(label, language, words, way, len(cut), (share, low, high), nats / math.log(2) / num_bytes)
+    return InfillFigures(
+        label,
+        language,
+        words,
+        way,
+        len(cut),
+        (share, low, high),
+        ended / len(cut),
+        nats / math.log(2) / num_bytes,
+    )
 
 
 def _tokens(tokenizer: Tokenizer, blank: Blank, way: Way, limit: int) -> tuple[list[int], list[int]]:

@@ -169,13 +169,14 @@ def _infilling(figures: HouseFigures) -> str:
                 shown.append("")
                 continue
             value, low, high = cell.exact
-            shown.append(f"{value:.1%} ({low:.1%} to {high:.1%}); {cell.bits_per_byte:.2f}")
+            ends = "" if way == "left_to_right" else f", and ends {cell.ended:.1%}"
+            shown.append(f"{value:.1%} ({low:.1%} to {high:.1%}){ends}; {cell.bits_per_byte:.2f}")
         rows.append([label, WAYS[way], str(words), *shown])
     count = max((found.count for found in figures.infilling), default=0)
     return f"""## Filling in held-out middles
 
-Words cut out of {count} held-out texts per language: the share that greedy decoding writes exactly (95 % interval), and
-bits per byte of the middle. Left to right sees the prefix alone, and need not end where the middle ends.
+Words cut out of up to {count} held-out texts per language: the share that greedy decoding writes exactly (95 %
+interval), the share that it also ends there, and bits per byte of the middle. Left to right sees the prefix alone.
 
 {_table(rows)}"""
 
@@ -203,8 +204,8 @@ def _identity(figures: HouseFigures) -> str:
 - made {facts["created"]} by hcx {facts["producer"].get("version")} ({commit[:12]})
 - on {facts["processor"]} with {facts["threads"]} threads, torch {facts["torch"]}
 
-{again} Another processor, thread count or torch release rounds otherwise, and so gives another model of the same
-quality.
+{again}
+Another processor, thread count or torch release rounds otherwise, and so gives another model of the same quality.
 """
 
 

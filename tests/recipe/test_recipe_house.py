@@ -141,16 +141,23 @@ def test_a_middle_is_exact_if_it_is_what_greedy_decoding_writes(
     """The model's own greedy continuation, written by the generator, in place of the middle; then one token altered."""
     model = load_model(house.model("house"))
     generator = Generator(model)
-    changed_by = [0]
+    changed_by, changed_end = [0], [0]
 
     def own_continuation(tokenizer: Tokenizer, blank: Blank, way: Way, limit: int) -> tuple[list[int], list[int]]:
         prompt = infill_prompt(tokenizer, blank.prefix[-60:], blank.suffix[:40])
-        written = generator.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids
-        return prompt, [*written[:-1], (written[-1] + changed_by[0]) % 1024]
+        written = list(generator.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids)
+        # The last token stands where end-of-text would; left to right has none, so there all four are the middle.
+        place = -2 if way != "left_to_right" else -1
+        written[place] = (written[place] + changed_by[0]) % 1024
+        written[-1] = (written[-1] + changed_end[0]) % 1024
+        return prompt, written
 
     monkeypatch.setattr(infill, "_tokens", own_continuation)
     asked = [("tiny", house.model("house"))]
-    for altered, expected in ((0, 1.0), (1, 0.0)):
-        changed_by[0] = altered
-        found = measure_infilling(asked, house.shards("house"), words=(1,), count=3)
-        assert {figure.exact[0] for figure in found} == {expected}
+    for altered, end, exact, ended in ((0, 0, 1.0, 1.0), (1, 0, 0.0, 0.0), (0, 1, 1.0, 0.0)):
+        changed_by[0], changed_end[0] = altered, end
+        for figure in measure_infilling(asked, house.shards("house"), words=(1,), count=3):
+            if figure.way != "left_to_right":
+                assert (figure.exact[0], figure.ended) == (exact, ended)
+            elif not end:
+                assert (figure.exact[0], figure.ended) == (exact, 0.0)
