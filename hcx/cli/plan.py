@@ -71,7 +71,7 @@ def _show(made: Plan) -> None:
     echo()
     sent, time = chosen.communication, chosen.time
     table(
-        "One optimizer step (time is an estimate for ranking)",
+        "One optimizer step (estimated)",
         ("kind", "GB sent per rank", "seconds"),
         [
             ("matrix products", "", f"{time.compute:.3f}"),
