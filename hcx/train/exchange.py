@@ -52,6 +52,15 @@ def exchange(place: Topology, batches: Sequence[MicroBatch], action: Action) -> 
     )
 
 
+def first_reason(place: Topology, reason: str | None) -> str:
+    """The reason of the lowest rank that has one; collective. A signal may reach another rank before rank 0."""
+    everyone: list[str | None] = [reason]
+    if place.world_size > 1:
+        everyone = [None] * place.world_size
+        torch.distributed.all_gather_object(everyone, reason)
+    return next((found for found in everyone if found is not None), "another rank")
+
+
 def any_rank(place: Topology, device: torch.device, *flags: bool) -> tuple[bool, ...]:
     """Each flag, true if it is on any rank; collective."""
     if place.world_size == 1:

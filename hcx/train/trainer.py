@@ -28,7 +28,7 @@ from hcx.optim import Schedule, lr_factor
 from hcx.train.callbacks import Callback
 from hcx.train.checkpoint import CheckpointReader, find_checkpoint
 from hcx.train.config import TrainerConfig
-from hcx.train.exchange import GlobalStep, any_rank, exchange
+from hcx.train.exchange import GlobalStep, any_rank, exchange, first_reason
 from hcx.train.keeper import CheckpointKeeper
 from hcx.train.ledger import Ledger, as_ranges
 from hcx.train.loader import Loader
@@ -391,7 +391,7 @@ class Trainer:
         stop, pending = any_rank(place, self.engine.device, reason is not None, self._saver.pending)
         if not pending:
             self._keeper.advance()
-        return (reason or "another rank") if stop else None
+        return first_reason(place, reason) if stop else None
 
     def _begin_save(self) -> SaveOutcome | None:
         state: dict[str, Any] = {

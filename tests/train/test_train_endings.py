@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from hcx.config import dump_yaml
+from hcx.dist import process_environment
 from hcx.dist.spawn import outcome
 from hcx.engine.config import TorchEngineConfig
 from hcx.errors import PeerLost
@@ -17,8 +18,10 @@ from hcx.obs import read_jsonl
 from hcx.optim import OptimConfig
 from hcx.recipe import DataSection, TrainRecipe, ValidationSection
 from hcx.testing.ranks import RankEnd, train_on_ranks
+from hcx.testing.runs import small_trainer
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_config
+from hcx.testing.workers import WorkerPool
 from hcx.train import CheckpointReader, TrainerConfig, find_checkpoint, read_ledger
 from hcx.train.endings import is_lost_peer, one_ending, read_note
 
@@ -163,3 +166,23 @@ def test_a_failing_accelerator_is_told_by_its_node_and_leaves_the_run_resumable(
     with pytest.raises(RuntimeError, match="device-side assert"), one_ending(tmp_path, 0, 1):
         raise RuntimeError("CUDA error: device-side assert triggered")
     assert list(tmp_path.iterdir()) == []
+
+
+def _stopped_by_rank_1(directory: str) -> tuple[bool, int]:
+    rank = process_environment()[0]
+    calls = iter(range(100))
+    engine = TorchEngineConfig(data_parallel=2)
+
+    def stop() -> str | None:
+        return "signal SIGTERM" if next(calls) == 3 and rank == 1 else None
+
+    trainer = small_trainer(directory, steps=6, validate=False, engine=engine, micro_batch=1, stop=stop)
+    result = trainer.run()
+    trainer.engine.close()
+    return result.finished, result.step
+
+
+def test_a_signal_that_reaches_one_rank_alone_is_the_reason_in_the_log(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(_stopped_by_rank_1, 2, str(tmp_path)) == [(False, 3), (False, 3)]
+    (event,) = events(tmp_path, "stopped")
+    assert (event["step"], event["reason"]) == (3, "signal SIGTERM")
