@@ -163,12 +163,17 @@ class ToyTarget:
         generator = torch.Generator().manual_seed(seed)
         shapes = [(width, 16), (width, width), (8, width)]
         teacher = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
-        x = torch.randn(2500, 16, generator=generator)
-        labels = (_network(teacher, x) * 3 + 0.5 * torch.randn(2500, 8, generator=generator)).argmax(1)
+
+        def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.randn(count, 16, generator=generator)
+            return x, (_network(teacher, x) * 4 + 0.5 * torch.randn(count, 8, generator=generator)).argmax(1)
+
         weights = [torch.randn(s, generator=generator).div_(s[1] ** 0.5).requires_grad_() for s in shapes]
-        optimizer = torch.optim.Adam(weights, lr=1e-2)
+        optimizer = torch.optim.Adam(weights, lr=5e-3)
         for _ in range(steps):
-            loss = torch.nn.functional.cross_entropy(_network(weights, x[:1500]), labels[:1500])
+            # New samples at every step: a network that knows its text by heart has no task loss worth searching by.
+            x, labels = draw(256)
+            loss = torch.nn.functional.cross_entropy(_network(weights, x), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -176,7 +181,7 @@ class ToyTarget:
         self.dense = dict(zip(self.names, (w.detach() for w in weights), strict=True))
         self.current = dict(self.dense)
         self.bits = bits
-        self.seen, self.unseen = (x[:500], labels[:500]), (x[1500:], labels[1500:])
+        self.seen, self.unseen = draw(1000), draw(4000)
         self.frozen: dict[str, bytes] = {}
 
     def begin(self, name: str) -> None:
