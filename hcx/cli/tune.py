@@ -13,7 +13,7 @@ from hcx.cli.output import echo, print_json, table
 
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
-    app.command("search")(tune)
+    app.command("tune")(tune)
 
 
 def tune(
