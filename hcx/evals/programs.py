@@ -113,6 +113,14 @@ def defined_names(code: str) -> list[str]:
     return [n.name for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
 
 
+def mbpp_setup(doc: Row) -> str:
+    """Imports of the tests; those of the reference solution too, which some tests lean on."""
+    stated = doc.get("test_imports") or doc.get("test_setup_code") or ""
+    lines = [stated] if isinstance(stated, str) else list(stated)
+    lines += [ast.unparse(n) for n in ast.parse(doc["code"]).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return "\n".join(lines)
+
+
 def mbpp_rows(dataset: Any) -> Any:
     """The few-shot split with Austin et al.'s three exemplars (tasks 2, 3 and 4) in front; other splits as they are."""
     from datasets import Dataset
@@ -145,8 +153,7 @@ def mbpp_program(answer: str) -> str:
 
 def score_mbpp(doc: Row, results: Sequence[Any]) -> dict[str, float]:
     """pass@1 of google-research-datasets/mbpp: `test_list`, and imports of the tests."""
-    imports = doc.get("test_imports") or doc.get("test_setup_code") or ""
-    setup = imports if isinstance(imports, str) else "\n".join(imports)
+    setup = mbpp_setup(doc)
     names = defined_names(doc["code"])
     verdicts = [
         sandbox().check_asserts(mbpp_program(answer), doc["test_list"], setup, names) for answer in _samples(results)

@@ -68,6 +68,12 @@ def test_mbpp_answers_end_at_done(in_sandbox):
     assert programs.score_mbpp(doc, ["def f(x):\n    return math.floor(x)\n[DONE]\nnot a program"]) == {"pass@1": 1.0}
 
 
+def test_mbpp_tests_may_lean_on_imports_of_the_reference(in_sandbox):
+    code = "import sys\ndef size(x):\n    return sys.getsizeof(x)"
+    doc = {"code": code, "test_list": ["assert size((1, 2)) == sys.getsizeof((1, 2))"], "test_imports": []}
+    assert programs.score_mbpp(doc, [code]) == {"pass@1": 1.0}
+
+
 def test_infilling_orders_are_those_of_the_paper():
     marks = ("<P>", "<S>", "<M>")
     assert programs.psm("a", "b", marks) == "<P>a<S>b<M>"
@@ -107,7 +113,7 @@ def test_the_benchmarks_own_solutions_pass(in_sandbox):
         row["task_id"]
         for row in mbpp
         if not slow.check_asserts(
-            row["code"], row["test_list"], "\n".join(row["test_imports"]), programs.defined_names(row["code"])
+            row["code"], row["test_list"], programs.mbpp_setup(row), programs.defined_names(row["code"])
         ).passed
     ]
     light = sets["loubnabnl/humaneval_infilling", "HumanEval-RandomSpanInfillingLight"].splits["test"]
