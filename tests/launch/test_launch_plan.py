@@ -215,7 +215,7 @@ def test_links_within_a_node_are_used_only_by_ranks_of_one_node() -> None:
 
 
 def test_every_shipped_profile_loads_and_names_itself() -> None:
-    assert set(profile_names()) == {"h100", "h200", "a100-80g", "laptop"}
+    assert set(profile_names()) >= {"h100", "h200", "a100-80g", "laptop"}
     for name in profile_names():
         assert load_profile(name).name == name
 
