@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hcx.artifacts import digest_bytes
-from hcx.compress.calibration import BlockResult, Calibrator, InputStatistics
+from hcx.compress.calibration import BlockResult, Calibrator, InputStatistics, Quantized
 from hcx.compress.plan import CompressPlan, ModulePlan
 from hcx.compress.scaling import ScaleSearch
 from hcx.compress.uniform import quantize_uniform
 from hcx.data.batch import MicroBatch
 from hcx.errors import ConfigError
 from hcx.kernels import PackedWeight
+from hcx.kernels.segmented import SegmentedWeight
 from hcx.model.load import ModelFiles
 
 _LAYERS = "model.layers."
@@ -75,7 +76,7 @@ class CalibratedBlocks:
         changed.update({name: tensors[name] for name in names if name in tensors})
         self._calibrator.skip(changed)
 
-    def _quantize(self, stem: str, weight: Tensor, statistics: InputStatistics) -> PackedWeight | Tensor | None:
+    def _quantize(self, stem: str, weight: Tensor, statistics: InputStatistics) -> Quantized | None:
         module = self._chosen.get(stem)
         if module is None:
             return None
@@ -83,8 +84,8 @@ class CalibratedBlocks:
             found = module.quantize(weight, statistics)
         except ConfigError as error:
             raise ConfigError(f"{stem}.weight: {error}") from None
-        if not isinstance(found, PackedWeight):
-            raise ConfigError(f"{stem}: pruned and clustered weights do not go together with calibration text yet")
+        if isinstance(found, SegmentedWeight):
+            raise ConfigError(f"{stem}: only embedding and output are clustered")
         return found
 
     def _trial(self, stem: str, weight: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from hcx.compress.scaling import ScaleSearch, fold_scales
 from hcx.data.batch import MicroBatch
 from hcx.errors import DataError
 from hcx.kernels import PackedWeight
+from hcx.kernels.masked import EncodedWeight, MaskedWeight
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
@@ -30,7 +31,8 @@ from hcx.model.weights import TensorWeights, load_weights
 
 ReadTensor = Callable[[str], Tensor]
 """Reads one canonical tensor by name."""
-QuantizeLinear = Callable[[str, Tensor, "InputStatistics"], PackedWeight | Tensor | None]
+Quantized = PackedWeight | MaskedWeight | EncodedWeight
+QuantizeLinear = Callable[[str, Tensor, "InputStatistics"], Quantized | Tensor | None]
 """(stem, weight fp32 `[out, in]`, statistics of its inputs) -> what is stored, the changed dense weight, or None."""
 
 
@@ -179,7 +181,7 @@ class BlockResult:
         weight_errors: stem -> `|W - W'|_F / |W|_F`, of the weight after scales were folded in.
     """
 
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    packed: dict[str, Quantized] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     weight_errors: dict[str, float] = field(default_factory=dict)
@@ -246,11 +248,11 @@ class Calibrator:
                 if found is None:
                     continue
                 result.dense.pop(name, None)
-                if isinstance(found, PackedWeight):
-                    result.packed[one.stem] = found
-                    dense = found.at(found.bits).dequantize()
-                else:
+                if isinstance(found, Tensor):
                     result.dense[name] = dense = found
+                else:
+                    result.packed[one.stem] = found
+                    dense = found.dequantize()
                 rest = (dense - own).double()
                 scale = float(((own.double() @ statistics.gram.double()) * own).sum())
                 lost = float(((rest @ statistics.gram.double()) * rest).sum())

@@ -84,7 +84,6 @@ class ModulePlan(Config):
     """With feedback: visit columns in the order of falling activation; they stay where they are stored."""
     widths: tuple[int, ...] = ()
     """Numbers of planes that one artifact is served with, such as [2, 3, 4], ending with `bits`; none: only `bits`."""
-
     prune: Pruning | None = None
     """Prune first, and code what stays."""
     clusters: Clusters | None = None
@@ -102,7 +101,8 @@ class ModulePlan(Config):
         special = [name for name in ("prune", "clusters", "widths") if getattr(self, name)]
         if len(special) > 1:
             raise ValueError(f"{' and '.join(special)} do not go together")
-        if self.prune is not None and (self.method != "alternating" or self.offset or self.needs_statistics):
+        weighed = self.importance or self.feedback
+        if self.prune is not None and (self.method != "alternating" or self.offset or weighed):
             raise ValueError(
                 "prune: pruned weights are coded with method: alternating, offset: false, and without importance and "
                 "feedback"
@@ -112,7 +112,7 @@ class ModulePlan(Config):
     @property
     def needs_statistics(self) -> bool:
         """Whether it reads what the layer reads."""
-        return self.importance or self.feedback
+        return self.importance or self.feedback or (self.prune is not None and self.prune.needs_inputs)
 
     def quantize(
         self, weight: Tensor, statistics: InputStatistics | None = None
@@ -121,16 +121,20 @@ class ModulePlan(Config):
 
         Args:
             weight: finite.
-            statistics: of the layer's inputs; required by `importance` and `feedback`.
+            statistics: of the layer's inputs; required by `importance`, `feedback` and two criteria of `prune`.
 
         Raises:
             ConfigError: the weight cannot be quantized like this, or statistics are missing.
         """
         if self.needs_statistics and statistics is None:
-            raise ConfigError("importance and feedback need calibration text, and statistics of the layer's inputs")
+            raise ConfigError(
+                "importance, feedback and prune.criterion activation or obs need calibration text, and statistics of "
+                "the layer's inputs"
+            )
         dtype: torch.dtype = SCALE_DTYPES[self.scale_dtype]
         if self.prune is not None:
-            return self.prune.compress(weight, self.bits, self.group_size, self.rounds, dtype)
+            gram = None if statistics is None or not self.prune.needs_inputs else statistics.gram
+            return self.prune.compress(weight, self.bits, self.group_size, self.rounds, dtype, gram)
         if self.clusters is not None:
             return self.clusters.compress(weight, self.bits, self._quantize_rows)
         return self._quantize_rows(weight, self.bits, statistics)
@@ -308,7 +312,10 @@ class CompressPlan(Config):
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read at all."""
-        by_rule = any(rule.importance or rule.feedback for rule in self.rules)
+        by_rule = any(
+            rule.importance or rule.feedback or (rule.prune is not None and rule.prune.needs_inputs)
+            for rule in self.rules
+        )
         return self.search is not None or self.calibration.scaling or self.default.needs_statistics or by_rule
 
     @model_validator(mode="after")

@@ -45,6 +45,11 @@ class Pruning(Config):
     registers: Literal[0, 1, 2] = 1
     """Earlier code words that take part in a block: 2 saves a little more and takes 200 times as long to encode."""
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the criterion reads what the layer reads."""
+        return self.criterion != "magnitude"
+
     def compress(
         self,
         weight: Tensor,
@@ -65,7 +70,7 @@ class Pruning(Config):
             ConfigError: the criterion needs inputs that are not there, the weight cannot be coded, or code words were
                 asked for and save nothing; with the numbers.
         """
-        if self.criterion != "magnitude" and gram is None:
+        if self.needs_inputs and gram is None:
             raise ConfigError(f"prune.criterion = {self.criterion}: needs calibration text; or take magnitude")
         if self.criterion == "obs" and gram is not None:
             if self.scope == "group":
