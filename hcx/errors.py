@@ -63,8 +63,15 @@ class MissingExtra(HcxError):
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A sentence part that suggests the nearest valid name and lists all of them."""
+    """A sentence part that suggests the nearest valid name and lists all of them, or the nearest of very many."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=MOST_NAMES // 4, cutoff=0.6)
     suggestion = f"did you mean {near[0]!r}? " if near else ""
+    if len(names) > MOST_NAMES:
+        shown = near or names[: MOST_NAMES // 4]
+        return f"{suggestion}valid: {', '.join(shown)}, and {len(names) - len(shown)} more"
     return f"{suggestion}valid: {', '.join(names) if names else '(none)'}"
+
+
+MOST_NAMES = 40
+"""More names than this are not read by anybody."""
