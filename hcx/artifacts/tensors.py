@@ -123,9 +123,21 @@ def _encoded(header: Mapping[str, object]) -> bytes:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None] = nothing
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    progress: Callable[[], None] = nothing,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """Writes contiguous CPU tensors and forces them to the disk; the bytes are those of the library's `save_file`.
+
+    The library makes files that only their owner may read; these have the permissions of any new file, so that a model
+    can be served by another account of its group.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        progress: called after every write.
+        metadata: the header's `__metadata__`.
 
     Returns:
         `size_bytes` and `digest` of the file.
@@ -135,7 +147,7 @@ def write_safetensors(
     """
     ranks = list(_NAMES)
     order = sorted(tensors, key=lambda name: (ranks.index(tensors[name].dtype), name))
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name in order:
         tensor = tensors[name]

@@ -10,9 +10,10 @@ from typing import cast, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hcx.artifacts.tensors import write_safetensors
 from hcx.errors import CheckpointError
 from hcx.kernels import PackedWeight
 from hcx.model.convert.hf import write_json
@@ -81,7 +82,7 @@ def write_task(directory: str | Path, task: ScaleTask) -> int:
     """Fills a directory, which exists; returns the bytes of the weight file."""
     directory = Path(directory)
     path = directory / TASK_WEIGHTS
-    save_file({name: task.tensors[name].float().contiguous() for name in sorted(task.tensors)}, path)
+    write_safetensors(path, {name: task.tensors[name].float().cpu().contiguous() for name in sorted(task.tensors)})
     write_json(
         directory / TASK_CONFIG,
         {

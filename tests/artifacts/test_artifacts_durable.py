@@ -41,6 +41,15 @@ def test_written_tensors_are_the_bytes_of_the_library(tmp_path: Path, monkeypatc
         assert torch.equal(tensor, tensors[name])
 
 
+def test_metadata_stands_in_the_header_and_the_group_may_read_the_file(tmp_path: Path) -> None:
+    tensors = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    write_safetensors(tmp_path / "ours", tensors, metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "library").read_bytes()
+    (tmp_path / "any new file").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any new file").stat().st_mode
+
+
 def test_a_partial_write_goes_on_and_an_error_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -131,7 +133,9 @@ def test_an_empty_key_file_is_refused(model: Path, tmp_path: Path, capsys: pytes
 
 def test_the_command_serves_until_it_is_interrupted(model: Path) -> None:
     command = [sys.executable, "-m", "hcx.cli.main", "serve", str(model), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A suite started in the background of a shell hands on that SIGINT is ignored; a person's terminal does not.
+    restore = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=restore) as process:
         try:
             line = process.stdout.readline()
             assert line.startswith("serving tiny-model at http://127.0.0.1:")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hcx.artifacts.tensors import write_safetensors
 from hcx.errors import CheckpointError
 from hcx.model.config import ModelConfig
 
@@ -172,7 +172,8 @@ def write_weights(
 
     def flush() -> None:
         # The final names hold the number of files, which is not known before the end.
-        save_file(pending, directory / f"{stem}-part{len(names)}.safetensors", metadata={"format": "pt"})
+        path = directory / f"{stem}-part{len(names)}.safetensors"
+        write_safetensors(path, pending, metadata={"format": "pt"})
         names.append(list(pending))
 
     for name, tensor in tensors:
@@ -180,7 +181,7 @@ def write_weights(
         if pending and size + length > max_bytes:
             flush()
             pending, size = {}, 0
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor.detach().cpu().contiguous()
         size += length
         total += length
     flush()

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hcx.artifacts.tensors import write_safetensors
 from hcx.errors import CheckpointError
 from hcx.model.adapters import Adapter
 from hcx.model.convert.hf import write_json
@@ -151,8 +152,8 @@ def write_adapter(directory: str | Path, adapter: Adapter, base: str, dtype: tor
             "use_rslora": False,
         },
     )
-    save_file(
-        {f"{_PREFIX}{name}": tensor.to(dtype).contiguous() for name, tensor in sorted(adapter.tensors.items())},
+    write_safetensors(
         directory / ADAPTER_WEIGHTS,
+        {f"{_PREFIX}{name}": tensor.to(dtype).cpu().contiguous() for name, tensor in sorted(adapter.tensors.items())},
         metadata={"format": "pt"},
     )
