@@ -22,7 +22,7 @@ from hcx.recipe.run import run_training
 from hcx.recipe.train import load_train_recipe
 
 SEEDS = (1, 2, 3)
-STEPS = 900
+STEPS = 1500
 MODEL = (
     "{vocab_size: 512, hidden_size: 128, intermediate_size: 256, num_layers: 3, num_heads: 4, num_kv_heads: 4, "
     "max_seq_len: 128, tie_embeddings: true}"
