@@ -93,7 +93,7 @@ def test_left_to_right_is_as_good_with_infilling_and_only_that_model_fills_blank
     spread = np.sqrt(np.var(bits[0.0], ddof=1) / len(SEEDS) + np.var(bits[0.5], ddof=1) / len(SEEDS))
     # Student's t with 2 x 3 runs (about 4 degrees of freedom), 95 %; and never more than 2 % of the loss itself.
     assert difference <= max(2.8 * spread, 0.02 * np.mean(bits[0.0]))
-    # Copying from the suffix is learnt suddenly, and later by some seeds (measured: 35, 86 and 100 %, at most 1 % without
+    # Copying from the suffix is learnt suddenly, and later by some seeds (measured: 35, 86, 100 %; at most 1 % without
     # infilling): the claim is about the mean, and no seed may look like those that never saw a middle.
     assert np.mean(exact[0.5]) >= np.mean(exact[0.0]) + 0.5
     assert min(exact[0.5]) >= max(exact[0.0]) + 0.2
