@@ -116,6 +116,17 @@ def split_groups(matrix: Tensor, group_size: int) -> list[Tensor]:
     return parts
 
 
+def padded_groups(weight: Tensor, group_size: int) -> Tensor:
+    """`[out, in]` -> fp32 `[out, groups, g]`; a short last group repeats the last weight, which changes no range."""
+    out_features, in_features = weight.shape
+    group_size = min(group_size, in_features)
+    count = -(-in_features // group_size)
+    pad = count * group_size - in_features
+    wide = weight.float()
+    padded = torch.cat([wide, wide[:, -1:].expand(-1, pad)], dim=1) if pad else wide
+    return padded.view(out_features, count, group_size)
+
+
 def join_groups(found: Sequence[Codes], out_features: int) -> Codes:
     """What became of `split_groups`: patterns `[out, in]`, scales `[out, groups, q]`, offsets `[out, groups]`."""
     bits = found[0].scales.shape[1]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hcx.compress.bcq import check_arguments
+from hcx.compress.codes import padded_groups
 from hcx.compress.uniform import from_uniform
 from hcx.errors import ConfigError
 from hcx.kernels import PackedWeight
@@ -99,11 +100,9 @@ def round_weight(
         raise ConfigError(f"bits = {bits}; signed codes need at least 2")
     if not 0 < knobs.kappa <= 1:
         raise ConfigError(f"kappa = {knobs.kappa}; must be above 0 and at most 1")
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     group_size = min(group_size, in_features)
-    count = -(-in_features // group_size)
-    padded = torch.nn.functional.pad(weight.float(), (0, count * group_size - in_features))
-    groups = padded.view(out_features, count, group_size)
+    groups = padded_groups(weight, group_size)
     top = 2 ** (bits - 1) - 1
     half = (knobs.kappa * groups.abs().amax(2) / top / 2).to(scale_dtype).float()
     step = 2 * half

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hcx.compress.bcq import check_arguments, split_importance
-from hcx.compress.codes import Codes, join_groups, nearest, pack, split_groups, weighted_mean
+from hcx.compress.codes import Codes, join_groups, nearest, pack, padded_groups, split_groups, weighted_mean
 from hcx.errors import ConfigError
 from hcx.kernels import PackedWeight
 from hcx.kernels.format import MAX_BITS, pack_signs
@@ -40,14 +40,9 @@ def quantize_uniform(
         ConfigError: a setting is out of range, or the weight is not finite.
     """
     check_arguments(weight, bits, group_size, scale_dtype)
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     group_size = min(group_size, in_features)
-    count = -(-in_features // group_size)
-    pad = count * group_size - in_features
-    wide = weight.float()
-    # Padding repeats the last weight of a row, which changes no group's range.
-    padded = torch.cat([wide, wide[:, -1:].expand(-1, pad)], dim=1) if pad else wide
-    groups = padded.view(out_features, count, group_size)
+    groups = padded_groups(weight, group_size)
     low, high = groups.amin(2), groups.amax(2)
     levels = (1 << bits) - 1
     # The finest scale is half a step. It is rounded up, so that the grid still reaches both ends of the group.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hcx.errors import KernelError
+from hcx.kernels import gf2_reference
 
 KIND = "flexor"
 Bits = NDArray[np.uint8]
@@ -26,10 +27,10 @@ def decode_stream(codes: Bits, matrix: Bits, num_blocks: int) -> Bits:
     n_in = matrix.shape[1]
     if codes.dtype != np.uint8 or codes.size != -(-num_blocks * n_in // 8):
         raise KernelError(f"codes: {codes.dtype} of {codes.size} bytes; {num_blocks} words of {n_in} bits are needed")
-    words = np.unpackbits(codes, count=num_blocks * n_in, bitorder="little").reshape(num_blocks, n_in)
-    # The parity of a sum: at most n_in ones, so 8 bits hold it.
-    stream: Bits = ((words @ matrix.T) & 1).astype(np.uint8).ravel()
-    return stream
+    # In NumPy: networks here may have more outputs than the native decoder takes.
+    num_bits = num_blocks * matrix.shape[0]
+    stream = gf2_reference.decode(codes, matrix[None], num_bits, segment=0)
+    return np.unpackbits(stream, count=num_bits, bitorder="little")
 
 
 def pack_words(words: Bits) -> Bits:

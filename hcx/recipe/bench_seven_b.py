@@ -7,6 +7,7 @@ written layer by layer, so that making it needs little memory too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -132,7 +133,7 @@ def measure_compress(
     if work.exists():
         raise ConfigError(f"--work {work}: already exists; name a new directory, it is removed at the end")
     config = config.model_copy(update={"num_layers": layers})
-    parameters = sum(_count(_shape(config, name)) for name in tensor_names(config))
+    parameters = sum(math.prod(_shape(config, name)) for name in tensor_names(config))
     settings = ModulePlan.model_validate({"bits": bits, "group_size": group_size, "method": method})
     try:
         write_random_model(work / "model", config)
@@ -206,13 +207,6 @@ def _time_block(config: ModelConfig, quantize: Callable[[Tensor], Tensor], threa
     finally:
         torch.set_num_threads(before)
     return seconds, sum(errors) / len(errors)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _hqq(bits: int, group_size: int) -> Callable[[Tensor], Tensor] | None:

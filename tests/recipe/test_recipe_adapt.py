@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hcx.artifacts import verify
-from hcx.cli.main import main
 from hcx.compress import CompressPlan, compress_model
 from hcx.compress.plan import ModulePlan, PlanRule
 from hcx.data.token_budget import TokenBudgetLoader
@@ -28,18 +27,13 @@ from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
 from hcx.recipe.adapt import PackedBase
 from hcx.recipe.data import open_data
+from hcx.testing.commands import hcx
 from hcx.testing.tiny import TINY_TEXT, tiny_model_directory
 from hcx.tokenizer import Tokenizer, train_tokenizer
 
 TOLERANCE = 1e-5
 """fp32 on one CPU: the same products in another order. Of logits, relative to the largest."""
 PREAMBLE = "다음은 사용자와 모델의 대화입니다."
-
-
-def hcx(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def write_recipe(directory: Path, base: Path, name: str, **changes: Any) -> Path:

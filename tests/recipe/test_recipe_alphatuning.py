@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hcx.artifacts import digest_file, verify
-from hcx.cli.main import main
 from hcx.compress import CompressPlan, compress_model
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.config import ModelConfig
@@ -24,16 +23,11 @@ from hcx.model.meta import ForwardMeta
 from hcx.model.tasks import read_task
 from hcx.recipe import check_recipe, load_train_recipe
 from hcx.serve.config import ServeConfig
+from hcx.testing.commands import hcx
 from hcx.testing.serving import running_server
 from hcx.testing.tiny import TINY_TEXT, tiny_model_directory
 
 TOLERANCE = 1e-5
-
-
-def hcx(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
 
 
 def write_recipe(directory: Path, base: Path, name: str, texts: int, **changes: Any) -> Path:

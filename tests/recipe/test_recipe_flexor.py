@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from hcx.artifacts import find_resource, verify
-from hcx.cli.main import main
-from hcx.data import ShardSet
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.load import load_model
 from hcx.model.meta import ForwardMeta
 from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
+from hcx.testing.commands import hcx, small_run
 from hcx.testing.shards import tiny_shards
 
 DEMO = str(find_resource("launch/train/demo.yaml"))
@@ -29,30 +28,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(shards: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"data.shards={shards}",
-        f"out={out}",
-        f"model.vocab_size={ShardSet.open(shards).vocab_size}",
-        "model.hidden_size=32",
-        "model.intermediate_size=48",
-        "model.num_layers=2",
-        "model.num_heads=2",
-        "model.num_kv_heads=1",
-        "data.seq_len=32",
-        "train.steps=6",
-        "train.global_batch=4",
-        "train.micro_batch=2",
-        "train.validate_every=3",
-        "optim.schedule.warmup_steps=2",
-        "validation.max_documents=2",
-        *more,
-    ]
-
-
-def hcx(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
+    return small_run(shards, out, "optim.schedule.warmup_steps=2", *more)
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import torch
 
 from hcx.artifacts import find_resource, resource_names, verify
 from hcx.cli.main import main
-from hcx.data import ShardSet
 from hcx.errors import ConfigError
 from hcx.model.load import load_model
 from hcx.model.meta import ForwardMeta
 from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
 from hcx.recipe.quality import measure_quality
+from hcx.testing.commands import small_run
 from hcx.testing.shards import tiny_shards
 
 DEMO = "launch/train/demo.yaml"
@@ -25,27 +25,6 @@ DEMO = "launch/train/demo.yaml"
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny_shards(tmp_path_factory.mktemp("data") / "shards").directory)
-
-
-def _overrides(shards: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"data.shards={shards}",
-        f"out={out}",
-        f"model.vocab_size={ShardSet.open(shards).vocab_size}",
-        "model.hidden_size=32",
-        "model.intermediate_size=48",
-        "model.num_layers=2",
-        "model.num_heads=2",
-        "model.num_kv_heads=1",
-        "data.seq_len=32",
-        "train.steps=6",
-        "train.global_batch=4",
-        "train.micro_batch=2",
-        "train.validate_every=3",
-        "optim.schedule.warmup_steps=1",
-        "validation.max_documents=2",
-        *more,
-    ]
 
 
 @pytest.mark.parametrize("name", resource_names("launch/train"))
@@ -97,7 +76,7 @@ def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["train", DEMO, *_overrides(shards, tmp_path / "run"), "--dry-run"])
+        main(["train", DEMO, *small_run(shards, tmp_path / "run"), "--dry-run"])
     assert ended.value.code == 0
     assert "hidden_size: 32" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
@@ -108,7 +87,7 @@ def test_a_run_ends_with_metrics_a_checkpoint_and_a_model_that_computes_alike(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as ended:
-        main(["train", DEMO, *_overrides(shards, out), "--json"])
+        main(["train", DEMO, *small_run(shards, out), "--json"])
     assert ended.value.code == 0
     told = json.loads(capsys.readouterr().out)
     assert told["finished"]
@@ -138,14 +117,14 @@ def test_a_recipe_can_ask_for_filling_in_the_middle_and_for_other_factors(
     for number, more in enumerate(([], ["data.fim={rate: 1.0, rates: {en: 0.5}}"], ["data.upsample={ko: 2}"])):
         out = tmp_path / f"run{number}"
         with pytest.raises(SystemExit) as ended:
-            main(["train", DEMO, *_overrides(shards, out, *more)])
+            main(["train", DEMO, *small_run(shards, out, *more)])
         assert ended.value.code == 0, capsys.readouterr().err
         losses.append([row["train/loss"] for row in read_jsonl(out / "metrics.jsonl") if "train/loss" in row])
     assert losses[0] != losses[1]
     assert losses[0] != losses[2]
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["train", DEMO, *_overrides(shards, tmp_path / "run", "data.fim={rates: {kor: 0.5}}")])
+        main(["train", DEMO, *small_run(shards, tmp_path / "run", "data.fim={rates: {kor: 0.5}}")])
     assert ended.value.code == 2
     assert "did you mean 'ko'" in capsys.readouterr().err
 
@@ -156,12 +135,12 @@ def test_a_finished_run_is_found_finished_and_never_overwritten(
     out = tmp_path / "run"
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
-            main(["train", DEMO, *_overrides(shards, out)])
+            main(["train", DEMO, *small_run(shards, out)])
         assert ended.value.code == 0
     steps = [row["step"] for row in read_jsonl(out / "metrics.jsonl") if "train/loss" in row]
     assert steps == list(range(1, 7))
     with pytest.raises(SystemExit) as refused:
-        main(["train", DEMO, *_overrides(shards, out), "--resume", "never"])
+        main(["train", DEMO, *small_run(shards, out), "--resume", "never"])
     assert refused.value.code == 2
     assert "holds checkpoints" in capsys.readouterr().err
 
@@ -171,13 +150,13 @@ def test_a_run_stopped_by_its_deadline_is_resumable_and_ends_as_if_it_had_not_be
 ) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     with pytest.raises(SystemExit) as ended:
-        main(["train", DEMO, *_overrides(shards, straight)])
+        main(["train", DEMO, *small_run(shards, straight)])
     assert ended.value.code == 0
     with pytest.raises(SystemExit) as stopped:
-        main(["train", DEMO, *_overrides(shards, broken, "train.max_minutes=0.000001")])
+        main(["train", DEMO, *small_run(shards, broken, "train.max_minutes=0.000001")])
     assert stopped.value.code == 75
     with pytest.raises(SystemExit) as resumed:
-        main(["train", DEMO, *_overrides(shards, broken)])
+        main(["train", DEMO, *small_run(shards, broken)])
     assert resumed.value.code == 0
     one, two = ((path / "model" / "model.safetensors").read_bytes() for path in (straight, broken))
     assert one == two
@@ -188,7 +167,7 @@ def test_threads_that_prepare_batches_change_nothing(tmp_path: Path, shards: Pat
     for threads in (0, 3):
         out = tmp_path / f"{threads}"
         with pytest.raises(SystemExit) as ended:
-            main(["train", DEMO, *_overrides(shards, out, f"data.prefetch={threads}")])
+            main(["train", DEMO, *small_run(shards, out, f"data.prefetch={threads}")])
         assert ended.value.code == 0
         models.append((out / "model" / "model.safetensors").read_bytes())
     assert models[0] == models[1]
@@ -200,10 +179,10 @@ def test_a_run_does_not_go_on_with_the_data_in_another_order(
     out = tmp_path / "run"
     stop_after = ["train.checkpoint_every=2", "train.steps=4"]
     with pytest.raises(SystemExit):
-        main(["train", DEMO, *_overrides(shards, out, *stop_after)])
+        main(["train", DEMO, *small_run(shards, out, *stop_after)])
     for change, named in (("seed=5", "seed was"), ("data.shares={ko: 1}", "shares was")):
         with pytest.raises(SystemExit) as refused:
-            main(["train", DEMO, *_overrides(shards, out, change)])
+            main(["train", DEMO, *small_run(shards, out, change)])
         assert refused.value.code == 2
         assert named in capsys.readouterr().err
 
@@ -211,7 +190,7 @@ def test_a_run_does_not_go_on_with_the_data_in_another_order(
 def test_a_checkpoint_converts_to_the_model_it_exported(tmp_path: Path, shards: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(SystemExit):
-        main(["train", DEMO, *_overrides(shards, out)])
+        main(["train", DEMO, *small_run(shards, out)])
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(out / "checkpoints" / "step-000006"), str(tmp_path / "hf"), "--to", "hf"])
     assert ended.value.code == 0

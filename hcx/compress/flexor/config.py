@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from hcx.compress.exceptions import without_effect
 from hcx.compress.flexor.network import MAX_IN
 from hcx.config import Config
-from hcx.errors import did_you_mean
 
 MAX_PROJECTED_IN = 12
 """Keys are found among all 2^n_in."""
@@ -108,17 +108,7 @@ class FlexorConfig(Config):
 def check_flexor(config: FlexorConfig, stems: Sequence[str]) -> list[str]:
     """What is wrong with a section for a model with these matrices, one sentence per problem."""
     linears = [stem for stem in stems if stem.startswith("model.layers.")]
-    problems = []
-    used: set[int] = set()
-    for stem in linears:
-        used.update([number for number, item in enumerate(config.exceptions) if fnmatchcase(stem, item.pattern)][:1])
-    for number, item in enumerate(config.exceptions):
-        if number not in used:
-            ends = sorted({"*." + stem.rsplit(".", 1)[1] for stem in linears})
-            problems.append(
-                f"flexor.exceptions.{number}.pattern = {item.pattern!r} names no linear layer that an earlier one "
-                f"leaves; {did_you_mean(item.pattern, ends)}"
-            )
+    problems = without_effect("flexor", [item.pattern for item in config.exceptions], linears)
     if not any(config.n_in_of(stem) for stem in linears):
         problems.append("flexor: every layer stays dense; give a rate, or remove the section")
     return problems

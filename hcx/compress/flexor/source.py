@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from hcx.compress.flexor.network import Matrix
 from hcx.errors import ConfigError
 from hcx.model.naming import CanonicalSlice, ParameterMap
-from hcx.model.parts.sources import LinearBlock, WeightSource
+from hcx.model.parts.sources import LinearBlock, WeightSource, work_dtype
 
 
 class SignTanh(torch.autograd.Function):
@@ -64,13 +64,13 @@ class _FlexorProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: FlexorSource, *parameters: Tensor) -> Tensor:
         ctx.source = source
         ctx.save_for_backward(x, *parameters)
-        return F.linear(x, source.dense(parameters, _work(x)).to(x.dtype))
+        return F.linear(x, source.dense(parameters, work_dtype(x)).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *parameters = ctx.saved_tensors
-        work = _work(x)
+        work = work_dtype(x)
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         with torch.enable_grad():
             weight = ctx.source.dense(leaves, work)
@@ -79,10 +79,6 @@ class _FlexorProduct(torch.autograd.Function):
         gradients = torch.autograd.grad(weight, leaves, outer)
         back = (wide @ weight.detach()).to(x.dtype) if ctx.needs_input_grad[0] else None
         return back, None, *(g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True))
-
-
-def _work(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class FlexorSource(WeightSource):

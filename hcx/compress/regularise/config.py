@@ -8,9 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hcx.compress.exceptions import without_effect
 from hcx.compress.plan import Bits, GroupSize, Rounds, ScaleName
 from hcx.config import Config
-from hcx.errors import ConfigError, did_you_mean
+from hcx.errors import ConfigError
 
 EMBEDDING, OUTPUT = "model.embed_tokens", "lm_head"
 
@@ -237,16 +238,7 @@ def check_plan(config: RegulariseConfig, shapes: Mapping[str, tuple[int, ...]], 
             "cannot have two rules; set regularise.embedding instead, which holds for both"
         )
     linears = [stem for stem in shapes if stem.startswith("model.layers.")]
-    used: set[int] = set()
-    for stem in linears:
-        used.update([number for number, item in enumerate(config.exceptions) if fnmatchcase(stem, item.pattern)][:1])
-    for number, item in enumerate(config.exceptions):
-        if number not in used:
-            ends = sorted({"*." + stem.rsplit(".", 1)[1] for stem in linears})
-            problems.append(
-                f"regularise.exceptions.{number}.pattern = {item.pattern!r} names no linear layer that an earlier one "
-                f"leaves; {did_you_mean(item.pattern, ends)}"
-            )
+    problems += without_effect("regularise", [item.pattern for item in config.exceptions], linears)
     chosen = config.rules(list(shapes))
     if not chosen:
         problems.append("regularise: every weight is left alone; give a rule, or remove the section")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hcx.compress.bcq import SCALE_DTYPES, quantize
+from hcx.compress.codes import padded_groups
 from hcx.compress.regularise.config import AnyRule, BCQRule, LowRankRule
 from hcx.compress.uniform import from_uniform
 from hcx.dist import derived_generator
@@ -98,14 +99,9 @@ def to_grid(weight: Tensor, bits: int, group_size: int) -> PackedWeight:
     points are exact in fp32, the outermost codes are always used, and the grid is found again from the weights on it.
     (Only a group whose middle is thousands of steps from zero is too far for that; it is rounded all the same.)
     """
-    out_features, in_features = weight.shape
+    in_features = weight.shape[1]
     group_size = min(group_size, in_features)
-    count = -(-in_features // group_size)
-    pad = count * group_size - in_features
-    wide = weight.float()
-    # Padding repeats the last weight of a row, which changes no group's range.
-    padded = torch.cat([wide, wide[:, -1:].expand(-1, pad)], dim=1) if pad else wide
-    groups = padded.view(out_features, count, group_size)
+    groups = padded_groups(weight, group_size)
     low, high = groups.amin(2).double(), groups.amax(2).double()
     levels = (1 << bits) - 1
     half = ((high - low) / 2 / levels).to(torch.bfloat16).double()

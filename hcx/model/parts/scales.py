@@ -19,7 +19,7 @@ from hcx.errors import ConfigError
 from hcx.kernels import PackedWeight, Spec, select
 from hcx.kernels.format import pack_signs
 from hcx.model.naming import CanonicalSlice, ParameterMap
-from hcx.model.parts.sources import BCQSource, LinearBlock, WeightSource
+from hcx.model.parts.sources import BCQSource, LinearBlock, WeightSource, work_dtype
 
 TrainedScales = Literal["first", "all", "offset", "first_and_offset"]
 
@@ -73,22 +73,18 @@ class _ScaledProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, source: ScaledSource, *trained: Tensor) -> Tensor:
         ctx.source = source
         ctx.save_for_backward(x, *trained)
-        return F.linear(x, source.dense(trained, _work(x)).to(x.dtype))
+        return F.linear(x, source.dense(trained, work_dtype(x)).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *trained = ctx.saved_tensors
-        source, work = ctx.source, _work(x)
+        source, work = ctx.source, work_dtype(x)
         wide = grad.to(work)
         back = (wide @ source.dense(trained, work)).to(x.dtype) if ctx.needs_input_grad[0] else None
         # Summed over tokens in full precision: the many small terms vanish in bf16.
         outer = wide.flatten(0, -2).t() @ x.to(work).flatten(0, -2)
         return back, None, *(value.to(t.dtype) for value, t in zip(source.reduce(outer), trained, strict=True))
-
-
-def _work(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class ScaledSource(WeightSource):

@@ -20,6 +20,11 @@ from hcx.kernels import PackedWeight, Spec, select
 from hcx.model.naming import CanonicalSlice, ParameterMap
 
 
+def work_dtype(x: Tensor) -> torch.dtype:
+    """What generated weights and sums over tokens are computed in: fp32 for reduced precision, fp64 in tests."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class LinearBlock:
     """The rows of a local matrix that hold one stem's block.
