@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hcx.config import Config
 from hcx.errors import ConfigError, did_you_mean
@@ -47,9 +47,22 @@ class FimConfig(Config):
     split: Literal["random", "thirds"] = "random"
     """Where a document is cut: at two uniformly random places, or into thirds (as a footnote of the HyperCLOVA X
     report describes it)."""
+    longest_middle: int | None = Field(default=None, ge=1)
+    """Characters of a middle at most, with `split: random`; None: up to the whole text. A middle that is a third of
+    its text on average is mostly continued from itself; of a short one, nearly every token leans on the sides, and
+    where it ends is seen as often as where it begins."""
     level: Literal["context", "document"] = "context"
     """Whether documents are rearranged within the rows that hold them, so that every middle stands in one row with
     its suffix, or whole, before they are cut into rows."""
+
+    @model_validator(mode="after")
+    def _middles_fit_the_split(self) -> FimConfig:
+        if self.longest_middle is not None and self.split == "thirds":
+            raise ValueError(
+                f"longest_middle = {self.longest_middle} with split: thirds; thirds have their own length, so leave "
+                f"one of the two out"
+            )
+        return self
 
     def rate_of(self, language: str) -> float:
         """The rate that holds for a language."""
@@ -89,10 +102,19 @@ def draw(random: np.random.Generator, rate: float, psm_share: float) -> Draw:
     return Draw(bool(chosen < rate), bool(psm < psm_share), (float(first), float(second)))
 
 
-def cut_points(length: int, cuts: tuple[float, float], split: Literal["random", "thirds"]) -> tuple[int, int]:
-    """Where the middle of `length` characters begins and ends, `0 <= begin <= end <= length`."""
+def cut_points(
+    length: int, cuts: tuple[float, float], split: Literal["random", "thirds"], longest_middle: int | None = None
+) -> tuple[int, int]:
+    """Where the middle of `length` characters begins and ends, `0 <= begin <= end <= length`.
+
+    With a longest middle, the middle's size is uniform from 1 to that, and then its place is.
+    """
     if split == "thirds":
         return length // 3, 2 * length // 3
+    if longest_middle is not None and length > 0:
+        size = 1 + int(cuts[0] * min(longest_middle, length))
+        begin = int(cuts[1] * (length - size + 1))
+        return begin, begin + size
     first, second = (int(cut * (length + 1)) for cut in cuts)
     return min(first, second), max(first, second)
 
@@ -115,7 +137,7 @@ class Fim:
 
     def rearranged(self, text: str, choice: Draw) -> list[int]:
         """A text in its new order, without end-of-text."""
-        begin, end = cut_points(len(text), choice.cuts, self.config.split)
+        begin, end = cut_points(len(text), choice.cuts, self.config.split, self.config.longest_middle)
         parts = self._tokenizer.encode_batch([text[:begin], text[begin:end], text[end:]])
         prefix, middle, suffix = parts
         if choice.psm:

@@ -63,13 +63,13 @@ def parse(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str, str]:
     cuts=CUTS,
     psm=st.booleans(),
     variant=st.sampled_from([1, 2]),
-    split=st.sampled_from(["random", "thirds"]),
+    split=st.sampled_from([("random", None), ("random", 5), ("thirds", None)]),
 )
 def test_every_order_inverts_to_the_text_and_has_each_sentinel_once(tokenizer, text, cuts, psm, variant, split) -> None:
-    fim = Fim(FimConfig(spm_variant=variant, split=split), tokenizer)
+    fim = Fim(FimConfig(spm_variant=variant, split=split[0], longest_middle=split[1]), tokenizer)
     kind, prefix, middle, suffix = parse(fim.rearranged(text, Draw(True, psm, cuts)), tokenizer)
     assert prefix + middle + suffix == text
-    begin, end = cut_points(len(text), cuts, split)
+    begin, end = cut_points(len(text), cuts, *split)
     if psm:
         assert (prefix, middle, suffix) == (text[:begin], text[begin:end], text[end:])
     else:
@@ -103,6 +103,29 @@ def test_each_part_can_be_empty_and_each_is_a_third_on_average() -> None:
     )
     # A part's size has a standard deviation of 300 / sqrt(18).
     assert np.all(abs(sizes.mean(axis=0) - 100) < SIGMAS * 300 / math.sqrt(18 * 4000))
+
+
+@given(length=st.integers(0, 100), longest=st.integers(1, 150), cuts=CUTS)
+def test_a_longest_middle_is_kept_and_is_never_empty_where_there_is_text(length, longest, cuts) -> None:
+    begin, end = cut_points(length, cuts, "random", longest)
+    assert 0 <= begin <= end <= length
+    assert min(1, length) <= end - begin <= longest
+
+
+def test_sizes_and_places_of_short_middles_are_uniform() -> None:
+    generator = np.random.default_rng(0)
+    found = [cut_points(20, draw(generator, 1, 0.5).cuts, "random", 4) for _ in range(8000)]
+    sizes = np.bincount([end - begin for begin, end in found])[1:]
+    assert len(sizes) == 4
+    assert np.all(abs(sizes - 2000) < 4 * math.sqrt(8000 * 0.25 * 0.75))
+    places = np.bincount([begin for begin, end in found if end - begin == 1])
+    assert len(places) == 20
+    assert np.all(abs(places - sizes[0] / 20) < 4 * math.sqrt(sizes[0] / 20))
+
+
+def test_thirds_have_no_longest_middle() -> None:
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        FimConfig(split="thirds", longest_middle=32)
 
 
 def test_rates_are_met_within_three_sigmas() -> None:
