@@ -119,6 +119,11 @@ def compress(
         print_json(summary.as_dict() | ({"quality": quality.as_rows()} if quality else {}))
         return
     _show(model, out, summary)
+    if summary.own_grid:
+        echo(
+            f"note: the weights of {model} were values of this very grid before, so nothing was lost: that is no merit "
+            "of the method; compare with other --bits or another --group-size"
+        )
     if quality is not None:
         columns = ("model", "language", "bits per byte", "KL (nats per token)", "same top token")
         table(f"held-out text of {text}", columns, quality.table_rows())

@@ -31,6 +31,9 @@ from hcx.model.load import QUANT_METHOD, ModelFiles, canonical_names
 STEM = "bcq"
 """Weight files are named `bcq*.safetensors`, which a stock loader cannot find: it would fill the weights at random."""
 FORMAT_VERSION = 1
+OWN_GRID = 1e-3
+"""Relative error below which the weights lay on the chosen grid before, but for the rounding of scales to fp16: eight
+bits with a scale for every 32 inputs leave several times as much of any other weights."""
 
 
 @dataclass
@@ -78,6 +81,15 @@ class CompressionSummary:
         total = sum(module.weights for module in self.modules)
         return sum(module.bits_per_weight * module.weights for module in self.modules) / total if total else 0.0
 
+    @property
+    def own_grid(self) -> bool:
+        """Whether the weights were values of this very grid before, so that nothing was lost and nothing is shown.
+
+        A checkpoint that was quantized once (many GGUF files) comes through a second time unchanged, if bits and group
+        size are the same; a table would call that lossless.
+        """
+        return bool(self.modules) and all(module.relative_error < OWN_GRID for module in self.modules)
+
     def by_type(self) -> dict[str, dict[str, float]]:
         """Mean relative error and bits per weight by the last part of the module name."""
         groups: dict[str, list[ModuleResult]] = defaultdict(list)
@@ -102,6 +114,7 @@ class CompressionSummary:
             "kept_bytes": self.kept_bytes,
             "file_bytes": self.file_bytes,
             "source_bytes": self.source_bytes,
+            "own_grid": self.own_grid,
             "by_type": self.by_type(),
             "modules": {
                 module.stem: {

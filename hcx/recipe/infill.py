@@ -3,8 +3,9 @@
 Words are cut out of held-out documents, and each model is asked for them in three ways: prefix-suffix-middle,
 suffix-prefix-middle (Bavarian et al. 2022, arXiv 2207.14255, section 3), and left to right from the prefix alone. All
 are scored from one forward pass each: a middle counts as an exact match where every one of its tokens is the most
-likely one, which is what greedy decoding would have written. Whether it also ends there is told apart: trained middles
-are a third of a row on average, so ending after a word is rare in training, and the prefix alone knows no end.
+likely one, which is what greedy decoding would have written. Whether it also ends there is told apart: only who has
+seen both sides can know where a middle ends, and only who was trained with short ones expects it after a word; the
+prefix alone knows no end.
 """
 
 from __future__ import annotations

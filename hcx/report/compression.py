@@ -43,6 +43,7 @@ def _model(model: ModelFigures) -> ModelQuality:
         bits=bits,
         bits_per_weight=32.0 if bits is None else bits,
         file_bytes=sum(path.stat().st_size for path in files),
+        own_grid=bool(stated.get("own_grid", False)),
         numerics=model.numerics,
         tokens_per_s=model.tokens_per_s,
         bits_per_byte=_measures(model.bits_per_byte),

@@ -13,7 +13,7 @@ import torch
 from hcx.artifacts import digest_file, read_manifest
 from hcx.artifacts.durable import write_atomically
 from hcx.artifacts.manifest import MANIFEST
-from hcx.data import ShardSet
+from hcx.data import FimConfig, ShardSet
 from hcx.data.kneser_ney import kneser_ney_baseline
 from hcx.model.flops import parameter_count
 from hcx.obs.machine import cpu_name
@@ -99,6 +99,7 @@ def _facts(house: House, variants: Iterable[Variant]) -> dict[str, Any]:
         "parameters": parameter_count(recipe.model),
         "trained_tokens": stated.counts["tokens"],
         "seed": recipe.seed,
+        "infilling": _rearranged(recipe.data.fim),
         "measured": measured(house, variants),
         "weights": {path.name: digest_file(path) for path in sorted(model.glob("*.safetensors"))},
         "shards": digest_file(shards / MANIFEST),
@@ -109,6 +110,13 @@ def _facts(house: House, variants: Iterable[Variant]) -> dict[str, Any]:
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _rearranged(fim: FimConfig | None) -> str:
+    if fim is None or fim.rate == 0:
+        return "no text rearranged for infilling"
+    short = "" if fim.longest_middle is None else f" with middles of up to {fim.longest_middle} characters"
+    return f"{fim.rate:.0%} of the texts rearranged for infilling{short}"
 
 
 def write_card(figures: HouseFigures, directory: Path) -> Path:
@@ -224,8 +232,8 @@ tags: [hcx, fill-in-the-middle]
 ---
 # The house model
 
-{parameters:,} parameters, {trained_tokens:,} trained tokens: Korean, English and code in thirds, half of the rows
-rearranged for infilling, one seed ({seed}). `make house-model` makes it on two CPU cores in about an hour.
+{parameters:,} parameters, {trained_tokens:,} trained tokens: Korean, English and code in thirds,
+{infilling}, one seed ({seed}). `make house-model` makes it on two CPU cores in about an hour.
 """
 
 _MEANING = """## What it can and cannot show

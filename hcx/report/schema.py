@@ -62,6 +62,8 @@ class ModelQuality(Config):
     """Bits per parameter of the decoder's linear parts, scales included."""
     file_bytes: int
     """Bytes of the weight files."""
+    own_grid: bool = False
+    """Whether the weights were values of this very grid before: the figures then say nothing of the method."""
     numerics: str = "reference"
     """Class of the kernels that it was measured with."""
     tokens_per_s: float | None = None

@@ -212,7 +212,7 @@ def compression(evidence: Evidence) -> str:
         body += f"<h3>Divergence from full precision</h3>{table(kl_head, kl_rows)}"
     else:
         body += "<p>Divergence from full precision was not measured.</p>"
-    body += _paired(quality, languages)
+    body += _own_grids(quality) + _paired(quality, languages)
     held_out = "; ".join(
         f"{language_name(key)}: {held.documents:,} documents, {megabytes(held.bytes)}"
         + (f" ({held.description})" if held.description else "")
@@ -220,6 +220,18 @@ def compression(evidence: Evidence) -> str:
     )
     lead = escape(quality.protocol).replace(" %", "&nbsp;%") + (f" Scored: {escape(held_out)}." if held_out else "")
     return section("Compression", lead, body, tag=korean_tag(evidence))
+
+
+def _own_grids(quality: Quality) -> str:
+    """A remark on models that were quantized to the grid that they came from."""
+    names = list(dict.fromkeys(model.label.removesuffix(", fast") for model in quality.models if model.own_grid))
+    if not names:
+        return ""
+    return (
+        f"<p><b>No comparison:</b> the weights behind {escape(', '.join(names))} were values of that very grid before "
+        "(the model had been quantized once), so no error is no merit of the method. Other bits or another group size "
+        "can be compared.</p>"
+    )
 
 
 def _paired(quality: Quality, languages: list[str]) -> str:

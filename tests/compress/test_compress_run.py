@@ -79,6 +79,30 @@ def test_divergence_from_full_precision_falls_with_every_bit(model: Path, tmp_pa
     assert same.tokens == sum(int((batch.weights > 0).sum()) for batch in batches)
 
 
+def test_weights_that_lay_on_the_grid_before_are_told_apart(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SmolLM2's 4-bit file through a 4-bit grid of the same groups looks lossless; the report must say why."""
+    from hcx.model.convert.hf import export_hf
+
+    grid = ["--bits", "4", "--group-size", "32", "--method", "uniform"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["compress", str(model), "--out", str(tmp_path / "once"), *grid])
+    assert "this very grid" not in capsys.readouterr().out
+    assert not json.loads((tmp_path / "once" / "compression.json").read_text())["own_grid"]
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    export_hf(dense, load_model(model).config, iter_tensors(tmp_path / "once"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["compress", str(dense), "--out", str(tmp_path / "twice"), *grid])
+    assert "this very grid" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "twice" / "compression.json").read_text())["own_grid"]
+    eight = ["--bits", "8", "--group-size", "32", "--method", "uniform"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["compress", str(model), "--out", str(tmp_path / "eight"), *eight])
+    assert not json.loads((tmp_path / "eight" / "compression.json").read_text())["own_grid"]
+
+
 def test_an_interrupted_compression_leaves_nothing_that_looks_like_a_model(model: Path, tmp_path: Path) -> None:
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt

@@ -117,7 +117,7 @@ def _estimates(**values: float) -> dict[str, Estimate]:
 def test_the_card_says_where_the_house_model_is_not_better() -> None:
     bits = {"house": _estimates(ko=1.0, en=1.5), "plain": _estimates(ko=1.1, en=1.4)}
     facts = dict.fromkeys(("parameters", "trained_tokens", "seed", "threads"), 1)
-    facts |= dict.fromkeys(("shards", "tokenizer", "created", "torch", "processor"), "x")
+    facts |= dict.fromkeys(("infilling", "shards", "tokenizer", "created", "torch", "processor"), "x")
     facts |= {"weights": {}, "producer": {"version": "0", "commit": "c"}}
     text = card_text(HouseFigures(bits, {}, {}, [], facts, Reproduction(2, "a", "b")))
     assert "Korean -9.1%, English +7.1% bits per byte: not better in English" in text
