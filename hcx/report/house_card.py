@@ -13,13 +13,14 @@ import torch
 from hcx.artifacts import digest_file, read_manifest
 from hcx.artifacts.durable import write_atomically
 from hcx.artifacts.manifest import MANIFEST
-from hcx.data import FimConfig, ShardSet
+from hcx.data import ShardSet
 from hcx.data.kneser_ney import kneser_ney_baseline
 from hcx.model.flops import parameter_count
 from hcx.obs.machine import cpu_name
 from hcx.recipe.house import VARIANTS, House, Reproduction, Variant
 from hcx.recipe.infill import InfillFigures, measure_infilling
 from hcx.recipe.quality import Estimate, measure_quality
+from hcx.recipe.train import DataSection, TrainRecipe
 
 CARD = "README.md"
 FIGURES = "card.json"
@@ -99,7 +100,7 @@ def _facts(house: House, variants: Iterable[Variant]) -> dict[str, Any]:
         "parameters": parameter_count(recipe.model),
         "trained_tokens": stated.counts["tokens"],
         "seed": recipe.seed,
-        "infilling": _rearranged(recipe.data.fim),
+        "infilling": _rearranged(recipe),
         "measured": measured(house, variants),
         "weights": {path.name: digest_file(path) for path in sorted(model.glob("*.safetensors"))},
         "shards": digest_file(shards / MANIFEST),
@@ -112,7 +113,8 @@ def _facts(house: House, variants: Iterable[Variant]) -> dict[str, Any]:
     }
 
 
-def _rearranged(fim: FimConfig | None) -> str:
+def _rearranged(recipe: TrainRecipe) -> str:
+    fim = recipe.data.fim if isinstance(recipe.data, DataSection) else None
     if fim is None or fim.rate == 0:
         return "no text rearranged for infilling"
     short = "" if fim.longest_middle is None else f" with middles of up to {fim.longest_middle} characters"
