@@ -92,6 +92,9 @@ def decode(
     numerics: Annotated[str, typer.Option(help="Kernels: reference, exact or fast.")] = "fast",
     context: Annotated[int, typer.Option(help="tokens read before")] = 64,
     tokens: Annotated[int, typer.Option(help="made by each contender")] = 100,
+    output_bits: Annotated[
+        int, typer.Option(help="planes of the output matrix in a second contender of each width; 0: none")
+    ] = 8,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
@@ -108,7 +111,10 @@ def decode(
         raise ConfigError(f"--numerics {numerics}; valid: {', '.join(NUMERICS)}")
     if min(context, tokens) < 1:
         raise ConfigError(f"--context {context}, --tokens {tokens}: must be positive")
-    rows = measure_decode(model, planes, numerics, group_size, context, min(tokens, 10) if quick else tokens)
+    if not 0 <= output_bits <= 8:
+        raise ConfigError(f"--output-bits {output_bits}: must be 1 to 8, or 0 for a dense output alone")
+    made = min(tokens, 10) if quick else tokens
+    rows = measure_decode(model, planes, numerics, group_size, context, made, output_bits)
     if out is not None:
         append_csv(out, [row.as_dict() for row in rows])
     if as_json:

@@ -22,6 +22,7 @@ from hcx.model.parts.attention import attend
 from hcx.model.parts.base import Parts
 from hcx.model.parts.linear import LinearPart, VectorName
 from hcx.model.parts.norm import rms_norm
+from hcx.model.parts.sources import WeightSource
 from hcx.model.rope import Rotary, rotary_tables, rotate
 
 
@@ -126,22 +127,34 @@ class Matrix(nn.Module):
 class Output:
     """What the last stage computed for one micro-batch (`ModelOutput`): logits only where they are asked for."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, parts: Parts, config: ModelConfig) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, parts: Parts, config: ModelConfig, source: WeightSource | None = None
+    ) -> None:
         self.hidden = hidden
-        self._weight, self._parts, self._config = weight, parts, config
+        self._weight, self._parts, self._config, self._source = weight, parts, config, source
 
     def logits(self) -> Tensor:
         """`[batch, seq, vocab]` fp32."""
-        local = F.linear(self._parts.enter_output(self.hidden), self._weight).float() * self._config.logits_scaling
+        hidden = self._parts.enter_output(self.hidden)
+        product = F.linear(hidden, self._weight) if self._source is None else self._source(hidden)
+        local = product.float() * self._config.logits_scaling
         return self._parts.gather_logits(local).transpose(0, 1)
 
     def token_logprobs(self, labels: Tensor) -> Tensor:
         """Log-probability of each label: `[batch, seq]` -> `[batch, seq]` fp32."""
+        if self._source is not None:
+            # Served, never trained: no gradient to save memory for.
+            return torch.stack([self._row_logprobs(row, labels[row]) for row in range(labels.shape[0])])
         hidden = self._parts.enter_output(self.hidden)
         flat = self._parts.token_logprobs(
             hidden.flatten(0, 1), self._weight, labels.t().reshape(-1), self._config.logits_scaling
         )
         return flat.view(hidden.shape[0], hidden.shape[1]).t()
+
+    def _row_logprobs(self, row: int, labels: Tensor) -> Tensor:
+        alone = Output(self.hidden[:, row : row + 1], self._weight, self._parts, self._config, self._source)
+        logits = alone.logits()[0]
+        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
 
     def values(self) -> Tensor:
         """A scalar head's values; this decoder has no scalar head."""
@@ -161,6 +174,8 @@ class Decoder(nn.Module):
     Attributes:
         activation_checkpointing: kept sublayers are computed again in the backward pass.
         drop_mechanism: how DropBP drops a branch: without a graph, or with one that is thrown away.
+        output_source: multiplies with the output matrix where that is binary-coded and served by a kernel; the dense
+            matrix is then only read for tokens' embeddings (if it is tied) and for its type.
     """
 
     def __init__(
@@ -177,6 +192,7 @@ class Decoder(nn.Module):
             kinds[index % 2](parts, config, index) for layer in self.layers for index in (2 * layer, 2 * layer + 1)
         )
         self.norm = Norm(parts, config.hidden_size, config.norm_eps, "model.norm.weight") if post else None
+        self.output_source: WeightSource | None = None
         self.head: Matrix | None = None
         if post and not (pre and config.tie_embeddings):
             # Tied across stages: a copy of the embedding on the last stage, under the embedding's name.
@@ -220,7 +236,7 @@ class Decoder(nn.Module):
 
     def output(self, hidden: Tensor) -> Output:
         """The output of the last stage's hidden states."""
-        return Output(hidden, self.output_weight(), self.parts, self.config)
+        return Output(hidden, self.output_weight(), self.parts, self.config, self.output_source)
 
     def output_weight(self) -> nn.Parameter:
         """The matrix that makes logits: the head's, or the tied embedding's."""

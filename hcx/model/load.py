@@ -252,7 +252,8 @@ def load_model(
         directory: Hugging Face's layout, full precision or BCQ; or a GGUF file.
         dtype: of dense weights and activations; fp32 on a CPU and the stored type on a GPU if not given.
         device: where to compute.
-        numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`.
+        numerics: class of the kernels for binary-coded weights: `reference`, `exact` or `fast`. Below `reference` a
+            binary-coded output matrix is multiplied by a kernel too; rows of an embedding are always dequantized.
         adapter: a directory of low-rank updates in PEFT's form, computed beside the model's weights; or of a task's
             scales, which take the place of the model's.
         bits: the width of a model with nested planes; the widest if not given.
@@ -279,6 +280,9 @@ def load_model(
             use_packed(part, files, device, numerics, dense, merged=merged, tasks=routed)
         decoder.to_empty(device=device)
         load_weights(decoder, decoder.parameter_map(), TensorWeights(files.weight, str(files.directory)))
+        output = "model.embed_tokens" if files.config.tie_embeddings else "lm_head"
+        if output in files.modules and numerics != "reference":
+            decoder.output_source = BCQSource({output: files.packed(output).to(device)}, numerics)
         quantization = files.values.get("quantization_config")
         tokenizer = files.tokenizer()
     if adapter is not None:

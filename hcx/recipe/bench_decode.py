@@ -7,6 +7,7 @@ random.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -76,7 +77,13 @@ class _Contender:
 
 
 def measure_decode(
-    model: Path | None, bits: Sequence[int], numerics: str, group_size: int, context: int, tokens: int
+    model: Path | None,
+    bits: Sequence[int],
+    numerics: str,
+    group_size: int,
+    context: int,
+    tokens: int,
+    output_bits: int = 0,
 ) -> list[DecodeRow]:
     """Times one token of every contender in turns.
 
@@ -87,6 +94,7 @@ def measure_decode(
         group_size: inputs per scale.
         context: tokens read before the first that is timed.
         tokens: made by each contender.
+        output_bits: planes of the output matrix in a second contender of each width; 0: it stays dense in all.
 
     Raises:
         ConfigError: the model is binary-coded already, or too short for the context.
@@ -103,11 +111,17 @@ def measure_decode(
         contenders.append(
             _Contender(name, 8 * dtype.itemsize, "full", _decoding(decoder, prompt, tokens, dtype), decoder)
         )
-    for planes in bits:
+    heads = dict.fromkeys((0, output_bits))
+    for planes, head in itertools.product(bits, heads):
         decoder = _decoder(model, config, torch.float32)
         _compress(decoder, ModulePlan(bits=planes, group_size=group_size, method="uniform"), numerics)
+        if head:
+            plan = ModulePlan(bits=head, group_size=group_size, method="uniform")
+            weight = plan.quantize(decoder.output_weight().float()).to_packed()
+            decoder.output_source = BCQSource({"output": weight}, numerics)
         step = _decoding(decoder, prompt, tokens, torch.float32)
-        contenders.append(_Contender(f"hcx-{planes}bit", planes, numerics, step, decoder))
+        name = f"hcx-{planes}bit" + (f"-output{head}" if head else "")
+        contenders.append(_Contender(name, planes, numerics, step, decoder))
     peer = transformers_decoding(config, torch.bfloat16, prompt)
     contenders.append(_Contender("transformers-bf16", 16, "full", peer, None))
 
@@ -184,7 +198,7 @@ EXTRA = 12
 
 
 def _share_of_products(contender: _Contender, prompt: Tensor) -> float:
-    """The part of a token's time that is spent in weight sources; the output matrix counts as outside."""
+    """The part of a token's time that is spent in weight sources; a dense output matrix counts as outside."""
     assert contender.decoder is not None
     inside, begun = [0.0], [0.0]
 
@@ -194,7 +208,9 @@ def _share_of_products(contender: _Contender, prompt: Tensor) -> float:
     def leave(module: nn.Module, inputs: object, output: object) -> None:
         inside[0] += time.perf_counter() - begun[0]
 
-    sources = [part.source for part in dict.fromkeys(contender.decoder.linears().values())]
+    sources: list[nn.Module] = [part.source for part in dict.fromkeys(contender.decoder.linears().values())]
+    if contender.decoder.output_source is not None:
+        sources.append(contender.decoder.output_source)
     hooks = [hook for s in sources for hook in (s.register_forward_pre_hook(enter), s.register_forward_hook(leave))]
     shares = []
     for _ in range(EXTRA - 1):

@@ -22,7 +22,9 @@ def test_full_precision_binary_coded_and_transformers_take_turns(model: Path) ->
     pytest.importorskip("transformers")
     rows = measure_decode(model, [3, 2], "fast", 32, context=5, tokens=4)
     assert [row.contender for row in rows] == ["hcx-fp32", "hcx-bf16", "hcx-3bit", "hcx-2bit", "transformers-bf16"]
-    for row in rows:
+    coded = measure_decode(model, [2], "fast", 32, context=5, tokens=4, output_bits=4)
+    assert [row.contender for row in coded[2:4]] == ["hcx-2bit", "hcx-2bit-output4"]
+    for row in (*rows, *coded):
         assert 0 < row.ms_p2 <= row.ms_p50
         assert row.products is None or 0 < row.products < 1
         assert row.parameters == rows[0].parameters > 0
