@@ -10,6 +10,7 @@ import typer
 from hcx.cli.bench_codes import fixed_to_fixed
 from hcx.cli.bench_compress import compress
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
+from hcx.cli.bench_engines import bench_engines
 from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_seven_b import compress_seven_b
@@ -40,6 +41,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
     drops: Annotated[bool, typer.Option("--dropbp", help="what dropping backward passes saves, instead")] = False,
     pipeline: Annotated[bool, typer.Option("--pipeline", help="with --dropbp: two pipeline stages")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="deepspeed or megatron, beside the library's own loop, on two processes")
+    ] = None,
 ) -> int:
     """Training tokens per second beside a plain torch loop over a transformers model of the same shape."""
     import torch
@@ -52,6 +56,10 @@ def train(
         raise ConfigError(f"--pairs {pairs}: an interval needs at least 5")
     if pipeline and not drops:
         raise ConfigError("--pipeline times dropped backward passes: add --dropbp")
+    if engine is not None:
+        if drops:
+            raise ConfigError("--engine and --dropbp are two measurements; give one of them")
+        return bench_engines(engine, quick, pairs, out, as_json)
     if drops:
         return bench_pipeline(quick, pairs, out, as_json) if pipeline else bench_drops(quick, pairs, out, as_json)
     rows = []
