@@ -9,6 +9,7 @@ import typer
 
 from hcx.cli.bench_codes import fixed_to_fixed
 from hcx.cli.bench_compress import compress
+from hcx.cli.bench_digits import digits
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
 from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_kernels import kernels
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     bench.command("compress")(compress)
     bench.command("compress-7b")(compress_seven_b)
     bench.command("eval")(evaluation)
+    bench.command("digits")(digits)
     app.add_typer(bench, name="bench")
 
 
