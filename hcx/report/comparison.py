@@ -80,7 +80,7 @@ def table_rows(results: Sequence[RowResult]) -> list[tuple[str, ...]]:
                 "; ".join(f"{part} {spread.mean:.4f}" for part, spread in (result.held_out or {}).items()),
                 "; ".join(f"{part} {spread.mean:.1%}" for part, spread in (result.accuracy or {}).items()),
                 "; ".join(f"{task} {_spread(spread, 2)}" for task, spread in (result.tasks or {}).items()),
-                "" if result.lr is None else f"{result.lr:g}",
+                _rate(result),
                 str(result.seeds),
                 f"{figures.trained_numbers:,}",
                 f"{figures.optimizer_bytes:,}",
@@ -97,7 +97,8 @@ def _protocol(results: Sequence[RowResult]) -> str:
     unit = measured[0].figures.unit.replace("_", " ") if measured and measured[0].figures else "figure"
     return (
         f"Held out: {unit}, mean over parts and seeds (standard deviation over seeds); lower is better, * is the "
-        "lowest of its format. Learning rates were chosen per row on the same held-out text with the first seed. Every "
+        "lowest of its format. Learning rates were chosen per row on the same held-out text with the first seed (edge: "
+        "the best was the smallest or largest tried). Every "
         "model was scored from its files, in fp32, by the reference kernels. Optimizer bytes: state beside the fp32 "
         "masters, as in the checkpoint. Task bytes: weight files beside the model that training started from, or the "
         "whole model where the method ends in one of its own. Event share: seconds of regularisation events over those "
@@ -116,6 +117,14 @@ def _mean(result: RowResult) -> float:
 def _spread(spread: Spread, digits: int = 4) -> str:
     told = f"{spread.mean:.{digits}f}"
     return told if math.isnan(spread.deviation) else f"{told} ({spread.deviation:.{digits}f})"
+
+
+def _rate(result: RowResult) -> str:
+    """The chosen learning rate, and whether a better one may lie beyond those that were tried."""
+    if result.lr is None:
+        return ""
+    tried = [float(rate) for rate in result.tried or {}]
+    return f"{result.lr:g}" + (" (edge)" if len(tried) > 1 and result.lr in (min(tried), max(tried)) else "")
 
 
 def _flat(result: RowResult) -> dict[str, Any]:

@@ -279,6 +279,10 @@ def test_a_failed_cell_is_told_and_tried_again(recipe: Path, tmp_path: Path) -> 
     known = Known(comparison)
     assert all(result.problem is None for result in Run(comparison, workshop=known).run())
     assert {cell.row.method for cell in known.made} == {"scales"}
+    rates = {"two": METHODS["scales"], "three": {**METHODS["scales"], "learning_rates": [1, 0.02, 0.003]}}
+    wider = comparison_of(tmp_path / "wider", recipe, methods=rates)
+    shown = table_rows(Run(wider, workshop=Known(wider)).run())
+    assert [cells[6] for cells in shown] == ["0.02 (edge)", "0.02 (edge)", "0.02", "0.02"]
     spread = next(r for r in Run(comparison, workshop=known).results() if r.row.method == "scales").mean
     assert spread is not None
     assert (spread.mean, spread.low, spread.high) == pytest.approx((1.55, 1.5, 1.6))
