@@ -9,10 +9,12 @@ import typer
 
 from hcx.cli.bench_codes import fixed_to_fixed
 from hcx.cli.bench_compress import compress
+from hcx.cli.bench_digits import digits
 from hcx.cli.bench_dropbp import bench_drops, bench_pipeline, dropbp
 from hcx.cli.bench_engines import bench_engines
 from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_kernels import kernels
+from hcx.cli.bench_methods import methods
 from hcx.cli.bench_seven_b import compress_seven_b
 from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import append_csv, echo, print_json, table
@@ -31,6 +33,8 @@ def register(app: typer.Typer) -> None:
     bench.command("compress")(compress)
     bench.command("compress-7b")(compress_seven_b)
     bench.command("eval")(evaluation)
+    bench.command("methods")(methods)
+    bench.command("digits")(digits)
     app.add_typer(bench, name="bench")
 
 

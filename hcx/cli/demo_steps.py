@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from hcx.artifacts import artifact_input, digest_file, find_resource, is_complete, new_artifact, read_manifest
+from hcx.cli.client import get, post, request, running_server
 from hcx.errors import LaunchError
 from hcx.obs import get_logger
 from hcx.report.schema import HeldOut, Measure, ModelQuality, Quality, Sample, Samples, ServedRequest, Serving, Verdict
@@ -293,11 +288,11 @@ def serve(plan: DemoPlan) -> None:
         return
     directory = plan.compressed(4)
     requests = []
-    with _server(directory, plan.out / "serve.log") as port:
-        described = _get(port, "/v1/models")["data"][0]
+    with running_server(directory, plan.out / "serve.log") as port:
+        described = get(port, "/v1/models")["data"][0]
         body = {"model": described["id"], "prompt": PROMPTS[0][1], "max_tokens": 40}
         begun = time.perf_counter()
-        answer = _post(port, "/v1/completions", body)
+        answer = post(port, "/v1/completions", body)
         requests.append(
             ServedRequest(
                 title="completion",
@@ -325,60 +320,11 @@ def serve(plan: DemoPlan) -> None:
     _write(plan.out / "serving", "serving", "serving.json", serving, [artifact_input("model", directory)])
 
 
-@contextmanager
-def _server(directory: Path, log_file: Path) -> Iterator[int]:
-    from hcx.dist.spawn import free_port
-
-    port = free_port()
-    command = [sys.executable, "-m", "hcx.cli.main", "serve", str(directory), "--port", str(port)]
-    with open(log_file, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                try:
-                    _get(port, "/health")
-                    break
-                except (OSError, http.client.HTTPException):
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        tail = log_file.read_text(errors="replace")[-800:]
-                        raise LaunchError(f"the server did not start; its log {log_file} ends with:\n{tail}") from None
-                    time.sleep(0.2)
-            yield port
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _request(port: int, method: str, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    data = None if body is None else json.dumps(body).encode()
-    connection.request(method, path, body=data, headers={"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise LaunchError(f"{path} answered {response.status}: {response.read(500).decode(errors='replace')}")
-    return response
-
-
-def _get(port: int, path: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_request(port, "GET", path, None).read())
-    return found
-
-
-def _post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_request(port, "POST", path, body).read())
-    return found
-
-
 def _stream(port: int, body: dict[str, Any], message: str) -> ServedRequest:
     begun = time.perf_counter()
     first: float | None = None
     text, events, tokens = "", 0, 0
-    for line in _request(port, "POST", "/v1/chat/completions", body):
+    for line in request(port, "POST", "/v1/chat/completions", body):
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
             continue
         chunk = json.loads(line[len(b"data: ") :])

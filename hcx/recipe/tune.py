@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,13 +23,12 @@ from hcx.config import Config, dump_yaml, load_config
 from hcx.errors import ConfigError, MissingExtra, TrainingError
 from hcx.obs import get_logger
 from hcx.recipe.checks import check_recipe
+from hcx.recipe.processes import run_command
 from hcx.recipe.train import load_train_recipe
 
 log = get_logger(__name__)
 
 TRIALS, BEST = "trials.jsonl", "best.yaml"
-RESUMABLE = 75
-"""Exit code of a run that was told to stop."""
 Value = bool | int | float | str
 
 
@@ -227,14 +224,7 @@ def train_run(tune: TuneRecipe) -> Run:
     """`hcx train` in a process of its own: a run's process groups and kernels end with it."""
 
     def run(overrides: Sequence[str]) -> Mapping[str, float]:
-        command = [sys.executable, "-m", "hcx.cli.main", "train", tune.recipe, *tune.overrides, *overrides, "--json"]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode == RESUMABLE:
-            raise KeyboardInterrupt  # the search ends too; started again, it resumes this run
-        if ended.returncode != 0:
-            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-            raise TrainingError(f"hcx train ended with {ended.returncode}: {last}")
-        told = json.loads(ended.stdout)
+        told = json.loads(run_command(["train", tune.recipe, *tune.overrides, *overrides, "--json"]))
         figures: Mapping[str, float] = told.get("bits_per_byte") or told.get("loss") or {}
         return figures
 

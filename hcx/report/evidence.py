@@ -16,7 +16,7 @@ from hcx.artifacts.manifest import MANIFEST
 from hcx.config.decode import load_yaml
 from hcx.errors import HcxError
 from hcx.obs import read_jsonl
-from hcx.report.schema import EvalResults, Quality, Samples, Serving
+from hcx.report.schema import EvalResults, MethodTable, Quality, Samples, Serving
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -80,6 +80,7 @@ class Evidence:
     quality: Quality | None = None
     samples: Samples | None = None
     serving: Serving | None = None
+    methods: MethodTable | None = None
     evals: list[EvalRun] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -143,6 +144,8 @@ def collect(directories: Sequence[str | Path]) -> Evidence:
             evidence.samples = _read(artifact, "samples.json", Samples, evidence.notes) or evidence.samples
         elif kind == "serving":
             evidence.serving = _read(artifact, "serving.json", Serving, evidence.notes) or evidence.serving
+        elif kind == "methods":
+            evidence.methods = _read(artifact, "comparison.json", MethodTable, evidence.notes) or evidence.methods
     for artifact in (artifact for artifact in evidence.artifacts if artifact.manifest.kind in EVAL_KINDS):
         results = _read(artifact, "results.json", EvalResults, evidence.notes)
         if results is not None:

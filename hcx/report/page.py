@@ -58,6 +58,7 @@ def render(evidence: Evidence) -> str:
         text(evidence),
         compression(evidence),
         evaluation(evidence),
+        _methods(evidence),
         _samples(evidence),
         _serving(evidence),
         _ledger(evidence),
@@ -149,6 +150,14 @@ def _samples(evidence: Evidence) -> str:
     return section("Samples side by side", escape(samples.protocol), body, tag=trained_on_tag(evidence))
 
 
+def _methods(evidence: Evidence) -> str:
+    methods = evidence.methods
+    if methods is None:
+        return ""
+    rows = [[escape(cell) for cell in row] for row in methods.cells]
+    return section(f"Methods beside each other: {methods.name}", escape(methods.protocol), table(methods.columns, rows))
+
+
 def _serving(evidence: Evidence) -> str:
     serving = evidence.serving
     if serving is None:
@@ -219,7 +228,10 @@ def _limits(evidence: Evidence) -> str:
             "Compressed weights are multiplied by the plain reference kernel: smaller files, no gain in speed."
         )
     points.append("Speeds are those of the one machine that made these artifacts.")
-    points.append("One training run: the spread between seeds is not known. Intervals cover the held-out text only.")
+    if evidence.methods is None:
+        points.append(
+            "One training run: the spread between seeds is not known. Intervals cover the held-out text only."
+        )
     missing = [name for name, found in _pieces(evidence).items() if not found]
     if missing:
         points.append(f"Not in these directories: {', '.join(missing)}.")

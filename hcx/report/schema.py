@@ -160,6 +160,19 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class MethodTable(_Lenient):
+    """What `hcx bench methods` found, as its table shows it."""
+
+    name: str
+    """Of the comparison."""
+    protocol: str
+    """How it was measured."""
+    columns: tuple[str, ...]
+    """Their names."""
+    cells: tuple[tuple[str, ...], ...]
+    """Row by row."""
+
+
 class EvalMetric(_Lenient):
     """One metric of one task."""
 

@@ -104,6 +104,10 @@ class CheckpointReader:
         """Keys stored for a name."""
         return list(self._index[name])
 
+    def shape(self, name: str, key: str) -> tuple[int, ...]:
+        """The full shape of what is stored under a key of a name."""
+        return tuple(self._index[name][key]["shape"])
+
     def read(self, name: str, key: str) -> Tensor:
         """One full canonical tensor, fp32, CPU."""
         try:
