@@ -7,17 +7,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hcx.cli.evaluate_verbs import OTHER_VERBS, Request
 from hcx.cli.output import echo, print_json
 from hcx.errors import EvalError
 
+LM_EVAL_LINE = "hcx.lm_eval_line"
+"""Key of a context's `meta` under which a command line of lm-eval's waits."""
+
+
+class EvalCommand(TyperCommand):
+    """The verb in its own form; a line in lm-eval's goes whole to lm-eval's parser."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Sets a line of lm-eval's aside, so that each parser sees its own flags only."""
+        from hcx.evals.lm_eval_flags import is_lm_eval_line
+
+        if is_lm_eval_line(args):
+            ctx.meta[LM_EVAL_LINE] = list(args)
+            args = []
+        return super().parse_args(ctx, args)
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
 
-    @app.command("eval")
+    @app.command("eval", cls=EvalCommand)
     def evaluate(
+        context: typer.Context,
         model: Annotated[
             Path | None, typer.Argument(help="A model directory, full precision or BCQ; or fetch, table, redteam, ...")
         ] = None,
@@ -53,7 +71,15 @@ def register(app: typer.Typer) -> None:
         `hcx eval table RESULTS...`, `hcx eval contamination SUITE... --against FILE`, `hcx eval redteam LOG --out DIR`,
         `hcx eval fit-toxicity FILE --out SCORER`, `hcx eval watch RUN --suite NAME --out DIR`.
         Only `fetch` uses a network.
+
+        A command line of lm-eval works here too: `hcx eval --model hcx --model_args pretrained=MODEL --tasks ...`, with
+        `--data BUNDLE` for its data; `hcx eval run --help` lists those flags.
         """
+        if LM_EVAL_LINE in context.meta:
+            from hcx.evals.command import run_line
+
+            run_line(context.meta[LM_EVAL_LINE])
+            return
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
         if names == []:
             raise EvalError("--tasks is empty; see hcx eval --list")
