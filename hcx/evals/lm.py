@@ -37,6 +37,9 @@ LOGIT_CHUNK = 512
 SAMPLING_SEED = 1234
 """lm-eval's own default for torch, on which its `hf` model's samples depend."""
 
+PADDING = ("right", "left")
+"""Sides on which rows can be filled up."""
+
 GENERATION_ROUND = 8
 """Batches handed to the generator at a time: enough to keep its rows full, few enough to show progress."""
 
@@ -59,6 +62,7 @@ class HcxLM(TemplateLM):
         adapter: a directory of low-rank updates (PEFT's files); with a directory as `pretrained`.
         deterministic: one row at a time, so that results are the same bits at any batch size; slower.
         prefix_reuse: compute contexts that requests share once; off in deterministic mode.
+        padding: side on which shorter rows of a batch are filled up, `right` or `left`; answers do not depend on it.
         seed: of sampled continuations; each request draws its own from it and from its place.
 
     Raises:
@@ -78,13 +82,17 @@ class HcxLM(TemplateLM):
         adapter: str | Path | None = None,
         deterministic: bool | str = False,
         prefix_reuse: bool | str = True,
+        padding: str = "right",
         seed: int = SAMPLING_SEED,
     ) -> None:
         super().__init__()
         self._batch_size = batch_rows(batch_size)
         if not isinstance(seed, int):
             raise EvalError(f"seed = {seed!r}; must be a whole number")
+        if padding not in PADDING:
+            raise EvalError(f"padding = {padding!r}; one of: {', '.join(PADDING)}")
         self._seed = seed
+        self.padding = padding
         self._template: str | None = None
         if isinstance(pretrained, (str, Path)):
             from hcx.model.load import load_model
@@ -216,7 +224,8 @@ class HcxLM(TemplateLM):
             longest = {inputs: max(len(requests[n][2]) for n in numbers) for inputs, numbers in rows.items()}
             found = families({inputs: len(inputs) - size for inputs, size in longest.items()})
             if saved_share(found, self.batch_size) >= LEAST_SAVED:
-                for batch, starts, hidden in PrefixScorer(self.decoder, self.config, self.batch_size).run(found):
+                scorer = PrefixScorer(self.decoder, self.config, self.batch_size, self.padding == "left")
+                for batch, starts, hidden in scorer.run(found):
                     yield from self._score(batch, starts, hidden, rows, requests)
                 return
         order = sorted(rows, key=lambda inputs: (-len(inputs), inputs))
@@ -248,6 +257,8 @@ class HcxLM(TemplateLM):
     ) -> Iterable[tuple[int, Answer]]:
         """Answers from the hidden states of rows, of which the first `starts` tokens have none."""
         # One entry per scored position: which hidden state predicts it. Requests of one row share its positions.
+        # Rows are filled up on the right, or begin so much later.
+        width = hidden.shape[0] if self.padding == "left" else None
         where_row: list[int] = []
         where_position: list[int] = []
         labels: list[int] = []
@@ -257,7 +268,7 @@ class HcxLM(TemplateLM):
                 continuation = requests[number][2]
                 spans.append((number, len(labels), len(continuation)))
                 where_row += [row] * len(continuation)
-                end = len(inputs) - starts[row]
+                end = width or len(inputs) - starts[row]
                 where_position += range(end - len(continuation), end)
                 labels += continuation
         logprobs, greedy = self._gather(hidden, where_row, where_position, labels)
@@ -265,11 +276,21 @@ class HcxLM(TemplateLM):
             yield number, (float(logprobs[start : start + length].sum()), bool(greedy[start : start + length].all()))
 
     def _hidden(self, batch: Sequence[Sequence[int]]) -> Tensor:
-        """Final hidden states `[seq, batch, hidden]` of rows padded on the right (causal: padding is never seen)."""
-        tokens = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
+        """Final hidden states `[seq, batch, hidden]` of rows padded on one side."""
+        width = max(map(len, batch))
+        tokens = torch.zeros((len(batch), width), dtype=torch.long)
+        meta = ForwardMeta()  # causal: what stands on the right is never seen
+        if self.padding == "left":
+            # What stands on the left is another document, which attention does not enter, and moves no position.
+            positions, documents = torch.zeros_like(tokens), torch.zeros_like(tokens)
+            for row, inputs in enumerate(batch):
+                positions[row, width - len(inputs) :] = torch.arange(len(inputs))
+                documents[row, width - len(inputs) :] = 1
+            meta = ForwardMeta(positions.to(self.device), document_ids=documents.to(self.device))
         for row, inputs in enumerate(batch):
-            tokens[row, : len(inputs)] = torch.tensor(inputs, dtype=torch.long)
-        hidden: Tensor = self.decoder(tokens.to(self.device), ForwardMeta())
+            first = width - len(inputs) if self.padding == "left" else 0
+            tokens[row, first : first + len(inputs)] = torch.tensor(inputs, dtype=torch.long)
+        hidden: Tensor = self.decoder(tokens.to(self.device), meta)
         return hidden
 
     def _gather(self, hidden: Tensor, row: list[int], position: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
