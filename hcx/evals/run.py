@@ -16,6 +16,7 @@ from hcx.errors import EvalError, did_you_mean
 from hcx.evals.aggregate import aggregate, report_scores
 from hcx.evals.catalog import TaskCard, find_tasks, load_suite, status_of, task_cards
 from hcx.evals.chat import is_judged, run_judged
+from hcx.evals.comet import WHY_NONE, chosen_scorer
 from hcx.evals.judge import chosen_judge
 from hcx.evals.loading import LoadedTasks, load_on_samples, load_tasks, quiet_lm_eval
 from hcx.evals.measure import measure
@@ -158,6 +159,9 @@ def _run(
     settings: dict[str, Any],
     data: str | Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    translates = any(item.card.metadata.category == "translation" for item in chosen)
+    # Asked for before the hours of work, not after.
+    comet = chosen_scorer() if translates else None
     with quiet_lm_eval():
         from lm_eval.evaluator import evaluate as lm_evaluate
 
@@ -201,6 +205,7 @@ def _run(
         "seconds": round(seconds, 2),
         "tasks": {},
         "skipped": skipped,
+        "not_scored": {"comet": WHY_NONE} if translates and comet is None else {},
     }
     samples = {}
     for item in chosen:
@@ -213,7 +218,7 @@ def _run(
                 part: (loaded.tasks[part], sorted(found[part], key=lambda row: row["doc_id"]))
                 for part in loaded.parts[name]
             }
-            metrics, samples[name] = measure(item.card, parts)
+            metrics, samples[name] = measure(item.card, parts, comet)
             of = sum(len(task.eval_docs) for task, _ in parts.values())
             count = sum(len({row["doc_id"] for row in rows}) for _, rows in parts.values())
         results["tasks"][name] = {
