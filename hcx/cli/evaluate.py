@@ -49,7 +49,9 @@ def register(app: typer.Typer) -> None:
         data: Annotated[
             Path | None, typer.Option(help="A bundle of hcx eval fetch, or a folder of item files.")
         ] = None,
-        source: Annotated[Path | None, typer.Option("--from", help="fetch: a folder of published files.")] = None,
+        source: Annotated[
+            Path | None, typer.Option("--from", help="A folder of published files instead of a bundle.")
+        ] = None,
         language: Annotated[str, typer.Option(help="table: ko or en.")] = "en",
         against: Annotated[Path | None, typer.Option(help="contamination: training text, JSON lines.")] = None,
         poll: Annotated[float | None, typer.Option(help="watch: go on, looking every so many seconds.")] = None,
@@ -97,26 +99,27 @@ def register(app: typer.Typer) -> None:
             raise EvalError(f"{rest[0]!r} after {str(model)!r}: give one model; other work: {', '.join(OTHER_VERBS)}")
         else:
             from hcx.evals import evaluate as run
-            from hcx.evals.run import choose
+            from hcx.evals.fetch import data_from
+            from hcx.evals.run import DEFAULT_SUITE, choose
 
-            choose(names, suite, limit, data)
-            if out is None:
-                raise EvalError("--out: give a new directory for the results")
-
-            results = run(
-                model,
-                tasks=names,
-                suite=suite,
-                out=out,
-                limit=limit,
-                batch_size=batch_size,
-                numerics=numerics,
-                data=data,
-                device=device,
-                dtype=dtype,
-                adapter=adapter,
-                deterministic=deterministic,
-            )
+            with data_from(names or [suite or DEFAULT_SUITE], source, data) as found:
+                choose(names, suite, limit, found)
+                if out is None:
+                    raise EvalError("--out: give a new directory for the results")
+                results = run(
+                    model,
+                    tasks=names,
+                    suite=suite,
+                    out=out,
+                    limit=limit,
+                    batch_size=batch_size,
+                    numerics=numerics,
+                    data=found,
+                    device=device,
+                    dtype=dtype,
+                    adapter=adapter,
+                    deterministic=deterministic,
+                )
             if as_json:
                 print_json(results)
             else:
@@ -159,6 +162,8 @@ def _show(results: dict[str, Any], out: Path) -> None:
     _columns(("task", "metric", "value", "stderr", "95 % interval", "items", ""), summary(results))
     for name, why in results["skipped"].items():
         echo(f"not run: {name}: {why}")
+    for name, why in results["not_scored"].items():
+        echo(f"not scored: {name}: {why}")
     echo(f"results: {out / 'results.json'}")
 
 

@@ -77,7 +77,7 @@ INSTEAD = {
     "--json": "use --output_path, which gives lm-eval's JSON",
     "--list": "use hcx eval --list alone, or hcx eval ls tasks",
     "--check": "use hcx eval --check alone, or hcx eval validate --tasks NAMES",
-    "--from": "it belongs to hcx eval fetch",
+    "--from": "use --data BUNDLE, which hcx eval fetch NAMES --from FOLDER --out BUNDLE makes",
     "--language": "it belongs to hcx eval table",
     "--against": "it belongs to hcx eval contamination",
     "--poll": "it belongs to hcx eval watch",

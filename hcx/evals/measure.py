@@ -162,4 +162,11 @@ def _sample(part: str, row: dict[str, Any]) -> dict[str, Any]:
         sample["gold"] = row["target"]
     else:
         sample["outputs"] = answers
-    return {**sample, **{name: row[name] for name in row["metrics"]}}
+    return {name: _plain(value) for name, value in {**sample, **{name: row[name] for name in row["metrics"]}}.items()}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: lm-eval's predictions are numbers of numpy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
