@@ -7,17 +7,35 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hcx.cli.evaluate_verbs import OTHER_VERBS, Request
 from hcx.cli.output import echo, print_json
 from hcx.errors import EvalError
 
+LM_EVAL_LINE = "hcx.lm_eval_line"
+"""Key of a context's `meta` under which a command line of lm-eval's waits."""
+
+
+class EvalCommand(TyperCommand):
+    """The verb in its own form; a line in lm-eval's goes whole to lm-eval's parser."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Sets a line of lm-eval's aside, so that each parser sees its own flags only."""
+        from hcx.evals.lm_eval_flags import is_lm_eval_line
+
+        if is_lm_eval_line(args):
+            ctx.meta[LM_EVAL_LINE] = list(args)
+            args = []
+        return super().parse_args(ctx, args)
+
 
 def register(app: typer.Typer) -> None:
     """Adds the verb."""
 
-    @app.command("eval")
+    @app.command("eval", cls=EvalCommand)
     def evaluate(
+        context: typer.Context,
         model: Annotated[
             Path | None, typer.Argument(help="A model directory, full precision or BCQ; or fetch, table, redteam, ...")
         ] = None,
@@ -31,7 +49,9 @@ def register(app: typer.Typer) -> None:
         data: Annotated[
             Path | None, typer.Option(help="A bundle of hcx eval fetch, or a folder of item files.")
         ] = None,
-        source: Annotated[Path | None, typer.Option("--from", help="fetch: a folder of published files.")] = None,
+        source: Annotated[
+            Path | None, typer.Option("--from", help="A folder of published files instead of a bundle.")
+        ] = None,
         language: Annotated[str, typer.Option(help="table: ko or en.")] = "en",
         against: Annotated[Path | None, typer.Option(help="contamination: training text, JSON lines.")] = None,
         poll: Annotated[float | None, typer.Option(help="watch: go on, looking every so many seconds.")] = None,
@@ -53,7 +73,15 @@ def register(app: typer.Typer) -> None:
         `hcx eval table RESULTS...`, `hcx eval contamination SUITE... --against FILE`, `hcx eval redteam LOG --out DIR`,
         `hcx eval fit-toxicity FILE --out SCORER`, `hcx eval watch RUN --suite NAME --out DIR`.
         Only `fetch` uses a network.
+
+        A command line of lm-eval works here too: `hcx eval --model hcx --model_args pretrained=MODEL --tasks ...`, with
+        `--data BUNDLE` for its data; `hcx eval run --help` lists those flags.
         """
+        if LM_EVAL_LINE in context.meta:
+            from hcx.evals.command import run_line
+
+            run_line(context.meta[LM_EVAL_LINE])
+            return
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
         if names == []:
             raise EvalError("--tasks is empty; see hcx eval --list")
@@ -71,26 +99,27 @@ def register(app: typer.Typer) -> None:
             raise EvalError(f"{rest[0]!r} after {str(model)!r}: give one model; other work: {', '.join(OTHER_VERBS)}")
         else:
             from hcx.evals import evaluate as run
-            from hcx.evals.run import choose
+            from hcx.evals.fetch import data_from
+            from hcx.evals.run import DEFAULT_SUITE, choose
 
-            choose(names, suite, limit, data)
-            if out is None:
-                raise EvalError("--out: give a new directory for the results")
-
-            results = run(
-                model,
-                tasks=names,
-                suite=suite,
-                out=out,
-                limit=limit,
-                batch_size=batch_size,
-                numerics=numerics,
-                data=data,
-                device=device,
-                dtype=dtype,
-                adapter=adapter,
-                deterministic=deterministic,
-            )
+            with data_from(names or [suite or DEFAULT_SUITE], source, data) as found:
+                choose(names, suite, limit, found)
+                if out is None:
+                    raise EvalError("--out: give a new directory for the results")
+                results = run(
+                    model,
+                    tasks=names,
+                    suite=suite,
+                    out=out,
+                    limit=limit,
+                    batch_size=batch_size,
+                    numerics=numerics,
+                    data=found,
+                    device=device,
+                    dtype=dtype,
+                    adapter=adapter,
+                    deterministic=deterministic,
+                )
             if as_json:
                 print_json(results)
             else:
@@ -133,6 +162,8 @@ def _show(results: dict[str, Any], out: Path) -> None:
     _columns(("task", "metric", "value", "stderr", "95 % interval", "items", ""), summary(results))
     for name, why in results["skipped"].items():
         echo(f"not run: {name}: {why}")
+    for name, why in results["not_scored"].items():
+        echo(f"not scored: {name}: {why}")
     echo(f"results: {out / 'results.json'}")
 
 

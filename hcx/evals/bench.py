@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,30 @@ class ScoringRow:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ComparedRow:
+    """One task's answers under both.
+
+    Attributes:
+        task: its name.
+        items, requests: how many.
+        differing: items whose chosen option differs, as `task:item`.
+        differing_greedy: requests that are the greedy continuation under one backend only.
+        largest_difference: of any request's log-probability.
+    """
+
+    task: str
+    items: int
+    requests: int
+    differing: tuple[str, ...]
+    differing_greedy: int
+    largest_difference: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For CSV and JSON."""
+        return {**asdict(self), "differing": list(self.differing)}
+
+
 def measure(
     model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int, repeats: int = 3, batch_size: int = 8
 ) -> list[ScoringRow]:
@@ -65,6 +89,50 @@ def measure(
     Raises:
         EvalError: a task cannot run here, or is of another kind.
     """
+    return [
+        _measure(name, requests, ours, theirs, repeats, batch_size)
+        for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size)
+    ]
+
+
+def compare(
+    model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int | None = None, batch_size: int = 8
+) -> list[ComparedRow]:
+    """Scores tasks of multiple choice once under each backend in fp32, and holds each item against each.
+
+    Args:
+        model: a directory in Hugging Face's layout, full precision.
+        tasks: names, of multiple choice.
+        data: a bundle.
+        limit: items of each task; None for all.
+        batch_size: rows per forward pass.
+
+    Raises:
+        EvalError: a task cannot run here, or is of another kind.
+    """
+    rows = []
+    for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size):
+        left, right = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
+        chosen, expected = _chosen(requests, left), _chosen(requests, right)
+        rows.append(
+            ComparedRow(
+                task=name,
+                items=len(chosen),
+                requests=len(requests),
+                differing=tuple(
+                    f"{task}:{item}" for (task, item) in chosen if chosen[task, item] != expected[task, item]
+                ),
+                differing_greedy=sum(a[1] != b[1] for a, b in zip(left, right, strict=True)),
+                largest_difference=max(abs(a[0] - b[0]) for a, b in zip(left, right, strict=True)),
+            )
+        )
+    return rows
+
+
+def _both(
+    model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int | None, batch_size: int
+) -> Iterator[tuple[str, list[Any], Any, Any]]:
+    """Each task's name and requests with both backends, which are loaded once."""
     cards = find_tasks(tasks)
     for card in cards:
         status = status_of(card, data)
@@ -77,7 +145,6 @@ def measure(
 
         ours = HcxLM(str(model), batch_size=batch_size, dtype="float32")
         theirs = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch_size)
-        rows = []
         for card in cards:
             loaded = load_tasks([card], str(model), data)
             found = []
@@ -87,8 +154,7 @@ def measure(
                 found += task.instances
             if not found or any(request.request_type != "loglikelihood" for request in found):
                 raise EvalError(f"task {card.name!r}: this measurement is for multiple choice")
-            rows.append(_measure(card.name, found, ours, theirs, repeats, batch_size))
-    return rows
+            yield card.name, found, ours, theirs
 
 
 def _measure(name: str, requests: list[Any], ours: Any, theirs: Any, repeats: int, batch_size: int) -> ScoringRow:

@@ -41,7 +41,7 @@ Category = Literal[
     "translation",
     "crosslingual",
 ]
-MEANS = ("sandbox", "toxicity", "judge")
+MEANS = ("sandbox", "toxicity", "judge", "punkt_tab")
 """Needs that are no packages."""
 
 
@@ -63,7 +63,7 @@ class TaskMetadata(Config):
     gap: str = ""
     """Why a score must not stand beside the report's; empty where it may."""
     needs: tuple[str, ...] = ()
-    """Packages beyond lm-eval, and `sandbox`, `toxicity` (a scorer) or `judge`."""
+    """Packages beyond lm-eval, and `sandbox`, `toxicity` (a scorer), `judge` or `punkt_tab` (NLTK's sentences)."""
     config: str | None = None
     """Configuration of the data set, where a function reads it."""
     layout: Literal["psm", "spm"] | None = None
@@ -98,7 +98,7 @@ class Benchmark(Config):
     datasets: tuple[str, ...] = ()
     """Data sets on the hub that it reads."""
     needs: tuple[str, ...] = ()
-    """Packages beyond lm-eval, and `judge`."""
+    """Packages beyond lm-eval, and `judge` or `punkt_tab`."""
     unavailable: str = ""
     """Why nobody outside can run it."""
     protocol: str
@@ -350,6 +350,24 @@ def _missing_means(need: str) -> str:
         from hcx.evals.judge import why_no_judge
 
         return why_no_judge()
+    if need == "punkt_tab":
+        return _why_no_punkt()
+    return ""
+
+
+def _why_no_punkt() -> str:
+    """lm-eval's IFEval counts sentences by NLTK's model, and downloads it unasked where it is not."""
+    try:
+        import nltk.data
+
+        nltk.data.find("tokenizers/punkt_tab")
+    except ImportError:
+        return "needs nltk; install with: pip install 'hcx-llm[eval]'"
+    except LookupError:
+        return (
+            "needs NLTK's punkt_tab: python -m nltk.downloader -d FOLDER punkt_tab where there is a network, then "
+            "NLTK_DATA=FOLDER"
+        )
     return ""
 
 

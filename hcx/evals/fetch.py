@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,32 @@ def fetch(names: Sequence[str], out: str | Path, folder: str | Path | None = Non
         for d in index.datasets
     ]
     return {"datasets": rows, "tasks": sorted(index.tasks), "failed": recorder.failed}
+
+
+@contextmanager
+def data_from(names: Sequence[str], folder: Path | None, data: Path | None) -> Iterator[Path | None]:
+    """Where tasks find their data: what `data` names, or, while this lasts, a bundle made of published files.
+
+    Args:
+        names: suites and tasks.
+        folder: published files, as for `fetch`; None: `data` is given back.
+        data: a bundle or a folder of item files.
+
+    Raises:
+        EvalError: both are named, or nothing in the folder is of these tasks.
+    """
+    if folder is None:
+        yield data
+        return
+    if data is not None:
+        raise EvalError("--data and --from: give one, a bundle or a folder of published files")
+    if not any(needs_hub(card) for card in cards_named(names)):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="hcx-bundle-") as temporary:
+        bundle = Path(temporary) / "bundle"
+        fetch(names, bundle, folder)
+        yield bundle
 
 
 def _from_hub(recorder: Recorder, cards: Sequence[TaskCard]) -> None:

@@ -8,7 +8,8 @@ never materialised, and contexts that requests share are computed once (`hcx.eva
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token, has_bos_prefix, normalize_gen_kwargs
 from torch import Tensor
 
+from hcx.dist.seeding import derived_seed
 from hcx.errors import EvalError
 from hcx.generate import Generator, SamplingParams
 from hcx.model.convert.tokenizer import transformers_tokenizer
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 
 LOGIT_CHUNK = 512
 """Positions whose logits exist at the same time: at a vocabulary of 131,072 that is 256 MiB of fp32."""
+
+SAMPLING_SEED = 1234
+"""lm-eval's own default for torch, on which its `hf` model's samples depend."""
+
+PADDING = ("right", "left")
+"""Sides on which rows can be filled up."""
 
 GENERATION_ROUND = 8
 """Batches handed to the generator at a time: enough to keep its rows full, few enough to show progress."""
@@ -54,9 +62,12 @@ class HcxLM(TemplateLM):
         adapter: a directory of low-rank updates (PEFT's files); with a directory as `pretrained`.
         deterministic: one row at a time, so that results are the same bits at any batch size; slower.
         prefix_reuse: compute contexts that requests share once; off in deterministic mode.
+        padding: side on which shorter rows of a batch are filled up, `right` or `left`; answers do not depend on it.
+        seed: of sampled continuations; each request draws its own from it and from its place.
 
     Raises:
         CheckpointError: the directory is not a model, or has no tokenizer.
+        EvalError: an argument has a value that it cannot have.
     """
 
     def __init__(
@@ -68,12 +79,21 @@ class HcxLM(TemplateLM):
         device: str = "cpu",
         numerics: str = "reference",
         add_bos_token: bool | None = None,
-        max_batch_size: int | None = None,
         adapter: str | Path | None = None,
         deterministic: bool | str = False,
         prefix_reuse: bool | str = True,
+        padding: str = "right",
+        seed: int = SAMPLING_SEED,
     ) -> None:
         super().__init__()
+        self._batch_size = batch_rows(batch_size)
+        if not isinstance(seed, int):
+            raise EvalError(f"seed = {seed!r}; must be a whole number")
+        if padding not in PADDING:
+            raise EvalError(f"padding = {padding!r}; one of: {', '.join(PADDING)}")
+        self._seed = seed
+        self.padding = padding
+        self._template: str | None = None
         if isinstance(pretrained, (str, Path)):
             from hcx.model.load import load_model
 
@@ -90,7 +110,6 @@ class HcxLM(TemplateLM):
         self.tokenizer = configure_pad_token(self.tokenizer)
         self.add_bos_token = add_bos_token
         self.numerics = numerics
-        self._batch_size = _batch_size(batch_size)
         # lm-eval's command line gives texts.
         self.deterministic = str(deterministic).lower() == "true"
         self.prefix_reuse = str(prefix_reuse).lower() == "true"
@@ -205,7 +224,8 @@ class HcxLM(TemplateLM):
             longest = {inputs: max(len(requests[n][2]) for n in numbers) for inputs, numbers in rows.items()}
             found = families({inputs: len(inputs) - size for inputs, size in longest.items()})
             if saved_share(found, self.batch_size) >= LEAST_SAVED:
-                for batch, starts, hidden in PrefixScorer(self.decoder, self.config, self.batch_size).run(found):
+                scorer = PrefixScorer(self.decoder, self.config, self.batch_size, self.padding == "left")
+                for batch, starts, hidden in scorer.run(found):
                     yield from self._score(batch, starts, hidden, rows, requests)
                 return
         order = sorted(rows, key=lambda inputs: (-len(inputs), inputs))
@@ -237,6 +257,8 @@ class HcxLM(TemplateLM):
     ) -> Iterable[tuple[int, Answer]]:
         """Answers from the hidden states of rows, of which the first `starts` tokens have none."""
         # One entry per scored position: which hidden state predicts it. Requests of one row share its positions.
+        # Rows are filled up on the right, or begin so much later.
+        width = hidden.shape[0] if self.padding == "left" else None
         where_row: list[int] = []
         where_position: list[int] = []
         labels: list[int] = []
@@ -246,7 +268,7 @@ class HcxLM(TemplateLM):
                 continuation = requests[number][2]
                 spans.append((number, len(labels), len(continuation)))
                 where_row += [row] * len(continuation)
-                end = len(inputs) - starts[row]
+                end = width or len(inputs) - starts[row]
                 where_position += range(end - len(continuation), end)
                 labels += continuation
         logprobs, greedy = self._gather(hidden, where_row, where_position, labels)
@@ -254,11 +276,21 @@ class HcxLM(TemplateLM):
             yield number, (float(logprobs[start : start + length].sum()), bool(greedy[start : start + length].all()))
 
     def _hidden(self, batch: Sequence[Sequence[int]]) -> Tensor:
-        """Final hidden states `[seq, batch, hidden]` of rows padded on the right (causal: padding is never seen)."""
-        tokens = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
+        """Final hidden states `[seq, batch, hidden]` of rows padded on one side."""
+        width = max(map(len, batch))
+        tokens = torch.zeros((len(batch), width), dtype=torch.long)
+        meta = ForwardMeta()  # causal: what stands on the right is never seen
+        if self.padding == "left":
+            # What stands on the left is another document, which attention does not enter, and moves no position.
+            positions, documents = torch.zeros_like(tokens), torch.zeros_like(tokens)
+            for row, inputs in enumerate(batch):
+                positions[row, width - len(inputs) :] = torch.arange(len(inputs))
+                documents[row, width - len(inputs) :] = 1
+            meta = ForwardMeta(positions.to(self.device), document_ids=documents.to(self.device))
         for row, inputs in enumerate(batch):
-            tokens[row, : len(inputs)] = torch.tensor(inputs, dtype=torch.long)
-        hidden: Tensor = self.decoder(tokens.to(self.device), ForwardMeta())
+            first = width - len(inputs) if self.padding == "left" else 0
+            tokens[row, first : first + len(inputs)] = torch.tensor(inputs, dtype=torch.long)
+        hidden: Tensor = self.decoder(tokens.to(self.device), meta)
         return hidden
 
     def _gather(self, hidden: Tensor, row: list[int], position: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
@@ -284,9 +316,9 @@ class HcxLM(TemplateLM):
             by_options.setdefault(repr(sorted(request.args[1].items())), []).append(number)
         with Progress("generating", len(requests), "requests") as progress:
             for numbers in by_options.values():
-                options = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
-                until = [stop for stop in [*options.pop("until", []), eos] if stop]
-                limit = int(options.pop("max_gen_toks"))
+                params = sampling_params(requests[numbers[0]].args[1], self.max_gen_toks, self._seed)
+                until = [stop for stop in [*params.stop, eos] if stop]
+                limit = params.max_tokens
                 room = self.max_length - limit
                 if room <= 0:
                     raise EvalError(
@@ -302,8 +334,8 @@ class HcxLM(TemplateLM):
                 order = sorted(range(len(numbers)), key=lambda i: -len(prompts[i]))
                 for start in range(0, len(order), GENERATION_ROUND * self.batch_size):
                     batch = order[start : start + GENERATION_ROUND * self.batch_size]
-                    params = [_sampling(options, until, limit, seed=numbers[i]) for i in batch]
-                    completions = generator.generate([prompts[i] for i in batch], params)
+                    own = [replace(params, stop=tuple(until), seed=derived_seed(self._seed, numbers[i])) for i in batch]
+                    completions = generator.generate([prompts[i] for i in batch], own)
                     for i, completion in zip(batch, completions, strict=True):
                         number = numbers[i]
                         results[number] = _before_stops(self.tok_decode(completion.token_ids), until)
@@ -311,11 +343,36 @@ class HcxLM(TemplateLM):
                         progress.advance()
         return results
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that dialogues are written by from now on.
+
+        Args:
+            chat_template: True for the model's own, or the name of one where its tokenizer has several.
+
+        Raises:
+            EvalError: the model has no template, or none of that name.
+        """
+        if chat_template is False:
+            return None
+        own = self.tokenizer.chat_template
+        if own is None:
+            raise EvalError(f"{self.pretrained}: its tokenizer has no chat template; leave --apply_chat_template out")
+        if isinstance(chat_template, str):
+            if not isinstance(own, dict) or chat_template not in own:
+                names = ", ".join(sorted(own)) if isinstance(own, dict) else "one, without a name"
+                raise EvalError(
+                    f"--apply_chat_template {chat_template}: no such template; {self.pretrained} has: {names}"
+                )
+            self._template = chat_template
+        selected = super().chat_template(chat_template)
+        return None if selected is None else str(selected)
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A dialogue as the prompt that the model's chat template makes of it."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
+                chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
@@ -354,7 +411,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _batch_size(value: int | str) -> int:
+def batch_rows(value: int | str) -> int:
+    """Rows per forward pass from what a command line gives.
+
+    Raises:
+        EvalError: it is not a number of rows.
+    """
     try:
         size = int(value)
     except ValueError:
@@ -367,22 +429,35 @@ def _batch_size(value: int | str) -> int:
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def _sampling(options: dict[str, Any], until: Sequence[str], limit: int, seed: int) -> SamplingParams:
-    """lm-eval's generation options as ours; what we cannot do is refused, not ignored."""
-    given = {name: value for name, value in options.items() if name != "do_sample" and value is not None}
-    if given.get("num_beams", 1) == 1:
-        given.pop("num_beams", None)
-    unknown = sorted(set(given) - set(SAMPLING_OPTIONS))
+def sampling_params(given: Mapping[str, Any], default_limit: int, seed: int) -> SamplingParams:
+    """lm-eval's generation options as ours; what we cannot do is refused, not ignored.
+
+    Args:
+        given: the options of a request, or of a command line.
+        default_limit: new tokens where they do not say.
+        seed: of sampling.
+
+    Raises:
+        EvalError: an option that the model cannot follow.
+    """
+    options = dict(normalize_gen_kwargs(dict(given), default_limit))
+    until = tuple(stop for stop in options.pop("until", []) if stop)
+    limit = int(options.pop("max_gen_toks"))
+    samples = options.pop("do_sample", False)
+    options = {name: value for name, value in options.items() if value is not None}
+    if options.get("num_beams", 1) == 1:
+        options.pop("num_beams", None)
+    unknown = sorted(set(options) - set(SAMPLING_OPTIONS))
     if unknown:
         raise EvalError(
-            f"generation option {unknown[0]} = {given[unknown[0]]!r}: the hcx model cannot do that; "
+            f"generation option {unknown[0]} = {options[unknown[0]]!r}: the hcx model cannot do that; "
             f"supported: until, max_gen_toks, do_sample, {', '.join(SAMPLING_OPTIONS)}"
         )
-    if not options.get("do_sample"):
-        given = {"repetition_penalty": given.get("repetition_penalty", 1.0), "temperature": 0.0}
-    elif not given.get("temperature"):
-        given["temperature"] = 1.0
-    return SamplingParams(max_tokens=limit, stop=tuple(until), seed=seed, **given)
+    if not samples:
+        options = {"repetition_penalty": options.get("repetition_penalty", 1.0), "temperature": 0.0}
+    elif not options.get("temperature"):
+        options["temperature"] = 1.0
+    return SamplingParams(max_tokens=limit, stop=until, seed=seed, **options)
 
 
 def _before_stops(text: str, until: Sequence[str]) -> str:

@@ -116,6 +116,11 @@ def score_gsm8k(doc: Row, results: Sequence[Sequence[str] | str]) -> dict[str, f
     }
 
 
+def score_gsm8k_once(doc: Row, results: Sequence[str]) -> dict[str, float]:
+    """Accuracy of one answer."""
+    return {"acc": score_gsm8k(doc, results)["first"]}
+
+
 def boxed(text: str) -> str | None:
     """The content of the last `\\boxed{...}`, braces balanced."""
     start = text.rfind("\\boxed{")

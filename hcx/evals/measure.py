@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hcx.evals.catalog import TaskCard
+from hcx.evals.comet import TranslationScorer
 from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio
 
 Rows = Sequence[dict[str, Any]]
@@ -18,20 +19,21 @@ SET_RESAMPLES = 200
 """For metrics of a whole set that lm-eval computes from all items: fewer, since each costs a pass over the items."""
 
 
-def measure(card: TaskCard, parts: Mapping[str, tuple[Any, Rows]]) -> Measured:
+def measure(card: TaskCard, parts: Mapping[str, tuple[Any, Rows]], comet: TranslationScorer | None = None) -> Measured:
     """Metrics and samples of a card.
 
     Args:
         card: the task.
         parts: name of each of its tasks -> (task object, lm-eval's records in the order of items).
+        comet: a learned metric for translations.
     """
-    if card.metadata.source != "hub":
-        ((_, rows),) = parts.values()
-        by_category = {"language modelling": documents, "knowledge": questions, "translation": translations}
-        return by_category[card.metadata.category](card, rows)
     if card.metadata.category == "translation":
         ((_, rows),) = parts.values()
-        return translations(card, rows)
+        return translations(card, rows, comet)
+    if card.metadata.source != "hub":
+        ((_, rows),) = parts.values()
+        by_category = {"language modelling": documents, "knowledge": questions}
+        return by_category[card.metadata.category](card, rows)
     return _any_task(parts)
 
 
@@ -70,8 +72,8 @@ def _chance(rows: Rows) -> float:
     return sum(1 / len(row["filtered_resps"]) for row in rows) / len(rows)
 
 
-def translations(card: TaskCard, rows: Rows) -> Measured:
-    """chrF++ and BLEU of a set of segments."""
+def translations(card: TaskCard, rows: Rows, comet: TranslationScorer | None = None) -> Measured:
+    """chrF++ and BLEU of a set of segments, and the mean of a learned metric, times 100, where there is one."""
     from hcx.evals.translation_metrics import metric
 
     target = card.metadata.language.split("-")[1]
@@ -90,6 +92,11 @@ def translations(card: TaskCard, rows: Rows) -> Measured:
         }
         for row in rows
     ]
+    if comet is not None:
+        scores = comet.score([(s["source"], s["output"], s["reference"]) for s in samples])
+        estimate = bootstrap(100 * np.asarray(scores), lambda part: float(part.mean()))
+        metrics["comet"] = {**estimate.to_json(), "signature": comet.identity}
+        samples = [{**sample, "comet": score} for sample, score in zip(samples, scores, strict=True)]
     return metrics, samples
 
 
@@ -135,7 +142,7 @@ def _estimate(name: str, rows: Rows, aggregation: Callable[[Any], float]) -> Est
     if is_mean:
         numbers = [float(v) for v in values]
         if set(numbers) <= {0.0, 1.0}:
-            chance = _chance(rows) if name == "acc" and _is_multiple_choice(rows) else None
+            chance = _chance(rows) if name in ("acc", "acc_norm") and _is_multiple_choice(rows) else None
             return accuracy(numbers, chance)
         return bootstrap(np.asarray(numbers), lambda part: float(part.mean()))
     return bootstrap(
@@ -155,4 +162,11 @@ def _sample(part: str, row: dict[str, Any]) -> dict[str, Any]:
         sample["gold"] = row["target"]
     else:
         sample["outputs"] = answers
-    return {**sample, **{name: row[name] for name in row["metrics"]}}
+    return {name: _plain(value) for name, value in {**sample, **{name: row[name] for name in row["metrics"]}}.items()}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: lm-eval's predictions are numbers of numpy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -114,10 +114,11 @@ class PrefixScorer:
         decoder: the model, all stages.
         config: its shape.
         size: families computed together.
+        left: shorter rows are filled up on the left, else on the right.
     """
 
-    def __init__(self, decoder: Decoder, config: ModelConfig, size: int) -> None:
-        self._decoder, self._config, self._size = decoder, config, size
+    def __init__(self, decoder: Decoder, config: ModelConfig, size: int, left: bool = False) -> None:
+        self._decoder, self._config, self._size, self._left = decoder, config, size, left
         weight = decoder.output_weight()
         self._dtype, self._device = weight.dtype, weight.device
         self._root: Tokens = ()
@@ -161,8 +162,9 @@ class PrefixScorer:
         tokens = torch.zeros((len(parts), width), dtype=torch.long)
         positions = torch.full((len(parts), width), cache.scratch, dtype=torch.long)
         for row, (part, start) in enumerate(zip(parts, starts, strict=True)):
-            tokens[row, : len(part)] = torch.tensor(part, dtype=torch.long)
-            positions[row, : len(part)] = torch.arange(start, start + len(part))
+            begin = width - len(part) if self._left else 0
+            tokens[row, begin : begin + len(part)] = torch.tensor(part, dtype=torch.long)
+            positions[row, begin : begin + len(part)] = torch.arange(start, start + len(part))
         end = max(start + len(part) for part, start in zip(parts, starts, strict=True))
         view = cache.view(first, len(parts), end)
         meta = ForwardMeta(positions.to(self._device), kv_cache=view)

@@ -16,9 +16,11 @@ from hcx.errors import EvalError, did_you_mean
 from hcx.evals.aggregate import aggregate, report_scores
 from hcx.evals.catalog import TaskCard, find_tasks, load_suite, status_of, task_cards
 from hcx.evals.chat import is_judged, run_judged
+from hcx.evals.comet import WHY_NONE, chosen_scorer
 from hcx.evals.judge import chosen_judge
 from hcx.evals.loading import LoadedTasks, load_on_samples, load_tasks, quiet_lm_eval
 from hcx.evals.measure import measure
+from hcx.evals.programs import Sentinels
 from hcx.evals.toxicity import scorer_identity
 
 if TYPE_CHECKING:
@@ -158,6 +160,9 @@ def _run(
     settings: dict[str, Any],
     data: str | Path | None,
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    translates = any(item.card.metadata.category == "translation" for item in chosen)
+    # Asked for before the hours of work, not after.
+    comet = chosen_scorer() if translates else None
     with quiet_lm_eval():
         from lm_eval.evaluator import evaluate as lm_evaluate
 
@@ -172,8 +177,10 @@ def _run(
             adapter=settings["adapter"],
             deterministic=settings["deterministic"],
         )
+        directory = lm.loaded.tokenizer_directory
+        chosen = with_sentinels(chosen, directory, skipped, named=settings["suite"] is None)
         runnable = [item.card for item in chosen if not is_judged(item.card)]
-        loaded = load_tasks(runnable, str(lm.loaded.tokenizer_directory), data)
+        loaded = load_tasks(runnable, str(directory), data)
         chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
         items = {
             name: list(range(_smaller(item.limit, len(loaded.tasks[name].eval_docs)) or 0))
@@ -201,6 +208,7 @@ def _run(
         "seconds": round(seconds, 2),
         "tasks": {},
         "skipped": skipped,
+        "not_scored": {"comet": WHY_NONE} if translates and comet is None else {},
     }
     samples = {}
     for item in chosen:
@@ -213,7 +221,7 @@ def _run(
                 part: (loaded.tasks[part], sorted(found[part], key=lambda row: row["doc_id"]))
                 for part in loaded.parts[name]
             }
-            metrics, samples[name] = measure(item.card, parts)
+            metrics, samples[name] = measure(item.card, parts, comet)
             of = sum(len(task.eval_docs) for task, _ in parts.values())
             count = sum(len({row["doc_id"] for row in rows}) for _, rows in parts.values())
         results["tasks"][name] = {
@@ -239,6 +247,18 @@ def _run(
         averages = aggregate(report_scores(results["tasks"]))
         results["averages"] = {name: {"value": a.value, "missing": list(a.missing)} for name, a in averages.items()}
     return results, samples
+
+
+def with_sentinels(chosen: Sequence[Chosen], directory: Path, skipped: dict[str, str], named: bool) -> Sequence[Chosen]:
+    """All tasks, or those without infilling where the tokenizer has no tokens for it."""
+    if named or all(item.card.metadata.layout is None for item in chosen):
+        return chosen
+    try:
+        Sentinels.of(directory)
+    except EvalError as error:
+        skipped.update({i.card.name: f"unavailable: {error}" for i in chosen if i.card.metadata.layout is not None})
+        return [item for item in chosen if item.card.metadata.layout is None]
+    return chosen
 
 
 def _that_fit(

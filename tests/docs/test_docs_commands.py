@@ -19,6 +19,7 @@ import typer
 
 from hcx.artifacts import find_resource
 from hcx.cli.main import build_app, main
+from hcx.evals.lm_eval_flags import LM_EVAL_FLAGS, SHARED_FLAGS, is_lm_eval_line
 from hcx.recipe import load_train_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,8 @@ def test_every_command_of_a_page_exists_with_its_options_and_keys(page: Path) ->
             continue
         command, rest, name = verb_of(words)
         known = {option for param in command.params for option in param.opts + param.secondary_opts}
+        if name == "eval" and is_lm_eval_line(rest):
+            known = {*LM_EVAL_FLAGS, *SHARED_FLAGS, "--data", "--allow-code"}
         for word in rest:
             if word.startswith("--"):
                 assert word.split("=")[0] in known, f"{line}: {word}"

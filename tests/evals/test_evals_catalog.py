@@ -22,7 +22,7 @@ SHIPPED_WITH_DATA = {
 
 SUITES = {
     *("korean", "english", "commonsense", "factuality", "math", "code", "chat", "instruction", "harmlessness"),
-    *("translation", "crosslingual", "hcx-report", "korean-2026", "smoke", "demo"),
+    *("translation", "crosslingual", "hcx-report", "korean-2026", "published", "smoke", "demo"),
 }
 
 REPORT_ROWS = {*map(str, range(1, 38)), "18b"}

@@ -14,35 +14,34 @@ from hcx.compress import CompressPlan, compress_model
 from hcx.errors import EvalError
 from hcx.evals import evaluate
 from hcx.evals.catalog import tasks_directory
-from hcx.evals.command import arguments_with_tasks, without_foreign_code
+from hcx.evals.command import main, refuse_foreign_code
 from hcx.testing.evaluation import evaluable_directory
 
 TASKS = ["hcx_kmmlu_dev225", "hcx_bpb_ko", "hcx_translation_ko_en"]
 
 
-def test_task_folder_is_added_unless_the_user_names_one():
-    assert arguments_with_tasks(["run", "--tasks", "x"], "T") == ["run", "--tasks", "x", "--include_path", "T"]
-    assert arguments_with_tasks(["--model", "hcx"], "T") == ["--model", "hcx", "--include_path", "T"]
-    assert arguments_with_tasks(["run", "--include_path", "mine"], "T") == ["run", "--include_path", "mine"]
-    assert arguments_with_tasks(["--help"], "T") == ["--help"]
-
-
 def test_a_task_folder_from_elsewhere_runs_no_code_unless_that_is_allowed(tmp_path):
     (tmp_path / "plain.yaml").write_text("task: plain\ndataset_path: json\n")
-    plain = ["run", "--include_path", str(tmp_path)]
-    assert without_foreign_code(plain) == plain
+    refuse_foreign_code([tmp_path])
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "code.yaml").write_text("task: code\ndoc_to_text: !function utils.text\n")
-    for arguments in (plain, ["run", f"--include_path={tmp_path}"]):
-        with pytest.raises(EvalError, match=r"holds code \(code.yaml\).*--allow-code"):
-            without_foreign_code(arguments)
-        assert without_foreign_code([*arguments, "--allow-code"]) == arguments
+    with pytest.raises(EvalError, match=r"holds code \(code.yaml\).*--allow-code"):
+        refuse_foreign_code([tmp_path])
     (tmp_path / "deep" / "code.yaml").unlink()
     (tmp_path / "utils.py").write_text("print('hello')")
-    with pytest.raises(EvalError, match=r"utils.py"):
-        without_foreign_code(plain)
-    own = ["run", "--include_path", str(tasks_directory())]
-    assert without_foreign_code(own) == own
+    # However it is named: in full, shortened, in a file of settings, or as a task.
+    (tmp_path / "plain-settings.yml").write_text(f"model: hf\ntasks: x\ninclude_path: {tmp_path}\n")
+    for words in (
+        ["--include_path", str(tmp_path)],
+        [f"--include_path={tmp_path}"],
+        ["--include_p", str(tmp_path)],
+        ["--config", str(tmp_path / "plain-settings.yml")],
+        ["--tasks", str(tmp_path)],
+        ["--tasks", str(tmp_path / "plain.yaml")],
+    ):
+        with pytest.raises(EvalError, match=r"utils.py"):
+            main(["run", "--tasks", "x", *words])
+    refuse_foreign_code([tasks_directory()])
 
 
 @pytest.fixture(scope="module")

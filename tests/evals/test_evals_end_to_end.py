@@ -29,6 +29,8 @@ LETTERS = [
 ANSWERS = {
     "hcx_nq_open_prefix": (" Seoul, the capital", {"prefix_match": 1.0}),
     "hcx_triviaqa_prefix": (" Busan", {"prefix_match": 0.0}),
+    "hcx_gsm8k": (" The answer is 5.", {"acc": 0.5}),
+    "hcx_ifeval_ko": ("바다에 비가 온다.", {"prompt_level_strict_acc": 0.5, "inst_level_loose_acc": 2 / 3}),
     "hcx_gsm8k_maj8": (" The answer is 5.", {"maj": 0.5, "first": 0.5}),
     "hcx_math_maj4": (r" It is \boxed{1}.", {"maj": 0.5, "first": 0.5}),
     "hcx_humaneval": ("    return x + 1\n", {"pass@1": 1.0}),
@@ -42,7 +44,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return evaluable_directory(tmp_path_factory.mktemp("end") / "model", max_seq_len=1024)
+    return evaluable_directory(tmp_path_factory.mktemp("end") / "model", max_seq_len=2048)
 
 
 @pytest.fixture(scope="module")

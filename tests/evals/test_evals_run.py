@@ -12,6 +12,8 @@ pytest.importorskip("sacrebleu")
 from hcx.artifacts import read_manifest, verify
 from hcx.errors import EvalError
 from hcx.evals import check, evaluate
+from hcx.evals.catalog import find_tasks
+from hcx.evals.run import Chosen, with_sentinels
 from hcx.testing.evaluation import evaluable_directory
 
 ALL = [
@@ -159,6 +161,19 @@ def test_a_task_of_a_suite_whose_answers_do_not_fit_the_model_is_left_out_with_t
     assert "the model 96" in results["skipped"]["hcx_translation_ko_en"]
     with pytest.raises(EvalError, match="96 tokens"):
         evaluate(short, tasks=["hcx_translation_ko_en"], data=item_files)
+
+
+def test_infilling_is_left_out_of_a_suite_where_the_tokenizer_has_no_tokens_for_it(tmp_path):
+    chosen = [Chosen(card, None) for card in find_tasks(["hcx_bpb_ko", "hcx_infill_single_line_psm"])]
+    tokens, skipped = tmp_path / "tokenizer.json", {}
+    tokens.write_text('{"added_tokens": []}')
+    assert with_sentinels(chosen, tmp_path, skipped, named=False) == chosen[:1]
+    assert "no sentinels" in skipped["hcx_infill_single_line_psm"]
+    # Asked for by name, it is loaded, and loading says why it cannot be measured.
+    assert with_sentinels(chosen, tmp_path, {}, named=True) == chosen
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    tokens.write_text(json.dumps({"added_tokens": [{"content": name} for name in names]}))
+    assert with_sentinels(chosen, tmp_path, {}, named=False) == chosen
 
 
 def test_an_unknown_numerics_class_is_refused(model):
