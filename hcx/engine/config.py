@@ -50,6 +50,9 @@ class MegatronEngineConfig(EngineOptions):
     """Ranks that share each matrix."""
     pipeline_parallel: int = 1
     """Pipeline stages."""
+    virtual_pipeline_parallel: int = 1
+    """Chunks of blocks on each stage, every `pipeline_parallel`-th one of the model. Above 1: the interleaved 1F1B
+    schedule, whose stages wait that much less and send that much more."""
     data_parallel: int | None = None
     """Model replicas; what the processes allow if not given."""
     sequence_parallel: bool = False

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.model.config import ModelConfig
-from hcx.model.shapes import LocalParameter, pipeline_stage, stage_parameters
+from hcx.model.shapes import LocalParameter, Stage, stage_chunks, stage_parameters
 from hcx.optim import OptimConfig, parameter_groups, state_keys
 
 FP32 = 4
@@ -62,6 +62,13 @@ def layout_sizes(engine: AnyEngineConfig, world_size: int) -> tuple[int, int, in
     return tp, pp, world_size // (tp * pp)
 
 
+def rank_chunks(engine: AnyEngineConfig, model: ModelConfig, world_size: int, pp_rank: int) -> list[Stage]:
+    """The parts of the decoder that a rank of stage `pp_rank` holds: one, or several of an interleaved pipeline."""
+    _, pp, _ = layout_sizes(engine, world_size)
+    chunks = engine.virtual_pipeline_parallel if isinstance(engine, MegatronEngineConfig) else 1
+    return stage_chunks(model, pp_rank, pp, chunks)
+
+
 def held_bytes(
     engine: AnyEngineConfig, model: ModelConfig, optim: OptimConfig, world_size: int, pp_rank: int = 0, dp_rank: int = 0
 ) -> Held:
@@ -75,10 +82,11 @@ def held_bytes(
         pp_rank: the stage.
         dp_rank: the replica. Tensor-parallel ranks of a stage and replica hold equally much.
     """
-    tp, pp, dp = layout_sizes(engine, world_size)
-    parameters = stage_parameters(model, pipeline_stage(model, pp_rank, pp), tp)
+    tp, _, dp = layout_sizes(engine, world_size)
+    chunks = [stage_parameters(model, stage, tp) for stage in rank_chunks(engine, model, world_size, pp_rank)]
     if isinstance(engine, MegatronEngineConfig):
-        return _megatron(engine, parameters, optim, dp, dp_rank)
+        return _megatron(engine, chunks, optim, dp, dp_rank)
+    (parameters,) = chunks
     if isinstance(engine, DeepSpeedEngineConfig):
         return _deepspeed(engine, parameters, model, optim, dp)
     return _torch(engine, parameters, optim)
@@ -150,8 +158,9 @@ def _group_sizes(parameters: Sequence[LocalParameter], optim: OptimConfig) -> li
 
 
 def _megatron(
-    engine: MegatronEngineConfig, parameters: Sequence[LocalParameter], optim: OptimConfig, dp: int, dp_rank: int
+    engine: MegatronEngineConfig, chunks: Sequence[list[LocalParameter]], optim: OptimConfig, dp: int, dp_rank: int
 ) -> Held:
+    parameters = [parameter for chunk in chunks for parameter in chunk]
     size, total = DTYPE_BYTES[engine.precision], sum(parameter.numel for parameter in parameters)
     numbers = _state_numbers(parameters, optim)
     if not engine.distributed_optimizer:
@@ -160,11 +169,12 @@ def _megatron(
         return Held(weights=total * size, gradients=total * FP32, masters=masters, state=state * FP32)
     keys = max(numbers, default=0)
     length, owned = 0, 0
-    for begin, end, members in _buckets(parameters, dp):
+    # Each chunk has a buffer of its own.
+    for begin, end, members in (bucket for chunk in chunks for bucket in _buckets(chunk, dp)):
         share = (end - begin) // dp
         low, high = begin + dp_rank * share, begin + (dp_rank + 1) * share
         owned += sum(max(0, min(high, stop) - max(low, start)) for start, stop in members)
-        length = end
+        length += end - begin
     return Held(
         weights=length * size,
         gradients=length * FP32,

@@ -66,7 +66,8 @@ def _stages_fit(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
                 f"micro_batch x replicas = {stage.micro_batch} x {unit // max(1, stage.micro_batch)}; set "
                 f"{key}.micro_batch, or take a larger train.global_batch"
             )
-        for problem in violations(recipe.engine, recipe.model, world_size, stage.seq_len):
+        count = _micro_batches(stage.global_batch, stage.micro_batch)
+        for problem in violations(recipe.engine, recipe.model, world_size, stage.seq_len, micro_batches=count):
             yield f"{key}: {problem}"
 
 
@@ -175,7 +176,14 @@ def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 def _layout_is_legal(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     seq_len = None if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind)
+    # Stages of the run have micro-batches of their own, which are checked with them.
+    count = None if recipe.train.stages else _micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
+    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind, count)
+
+
+def _micro_batches(global_batch: int, micro_batch: int) -> int | None:
+    """Micro-batches of a step over all replicas; None where the batch does not divide, which is refused elsewhere."""
+    return global_batch // micro_batch if micro_batch > 0 and global_batch % micro_batch == 0 else None
 
 
 CHECKS: dict[str, Check] = {
