@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hcx.compress.alphatuning import AlphaTuningConfig, tuned_stems
 from hcx.data.token_budget import rounded_up
+from hcx.dropbp import uneven_stages
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import explain, violations
 from hcx.errors import ConfigError, HcxError
@@ -142,15 +143,14 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 def _dropbp_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.dropbp is None:
         return
-    pipeline = recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1
-    stages, sublayers = recipe.dropbp.stages or pipeline, recipe.model.num_sublayers
+    engine, pipeline, chunks = recipe.engine, 1, 1
+    if isinstance(engine, MegatronEngineConfig):
+        pipeline, chunks = engine.pipeline_parallel, engine.virtual_pipeline_parallel
+    stages, sublayers = recipe.dropbp.stages or pipeline * chunks, recipe.model.num_sublayers
     if sublayers % stages:
         yield f"dropbp.stages = {stages}: does not divide the model's {sublayers} residual sublayers"
-    elif stages % pipeline:
-        yield (
-            f"dropbp.stages = {stages}: must be a multiple of engine.pipeline_parallel = {pipeline}, so that every "
-            "stage drops equally many sublayers"
-        )
+    elif (problem := uneven_stages(stages, pipeline, chunks)) is not None:
+        yield problem
     if recipe.init_from is None:
         log.warning("dropbp: meant for fine-tuning a trained model; this run starts from random weights")
 
