@@ -110,7 +110,8 @@ def describe(layout: Layout) -> str:
     if engine.kind == "deepspeed":
         words.append(f"zero {engine.zero_stage}")
     if engine.kind == "megatron":
-        words.append(f"tp {engine.tensor_parallel} pp {engine.pipeline_parallel}")
+        chunks = f"x{engine.virtual_pipeline_parallel}" if engine.virtual_pipeline_parallel > 1 else ""
+        words.append(f"tp {engine.tensor_parallel} pp {engine.pipeline_parallel}{chunks}")
     words.append(f"dp {engine.data_parallel or 1}")
     if engine.kind == "megatron":
         words += ["sp"] * engine.sequence_parallel + ["distributed optimizer"] * engine.distributed_optimizer

@@ -260,13 +260,14 @@ def _fitting(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> l
 def _layouts(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> Iterator[Layout]:
     """Every legal layout on `world_size` GPUs whose micro-batches divide the batch."""
     chat = isinstance(recipe.data, ChatSection)
+    seq_len = None if chat else recipe.data.seq_len
     for engine in _engines(recipe, world_size, profile):
-        seq_len = None if chat else recipe.data.seq_len
-        if violations(engine, recipe.model, world_size, seq_len, recipe.optim.kind):
-            continue
         for micro_batch in _micro_batches(recipe):
             replicas = engine.data_parallel or 1
             if not chat and recipe.train.global_batch % (micro_batch * replicas):
+                continue
+            counts = _counts(recipe, micro_batch)
+            if any(violations(engine, recipe.model, world_size, seq_len, recipe.optim.kind, count) for count in counts):
                 continue
             yield _layout(recipe, engine, micro_batch, world_size, profile)
 
@@ -277,6 +278,13 @@ def _micro_batches(recipe: TrainRecipe) -> Sequence[int]:
     if isinstance(recipe.data, ChatSection) or recipe.train.stages:
         return [own]
     return sorted({max(1, own >> shift) for shift in range(own.bit_length())}, reverse=True)
+
+
+def _counts(recipe: TrainRecipe, micro_batch: int) -> list[int]:
+    """Micro-batches of a step over all replicas, in each stage of the run."""
+    if recipe.train.stages:
+        return [stage.global_batch // stage.micro_batch for stage in recipe.stages]
+    return [recipe.train.global_batch // micro_batch]
 
 
 def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> Iterator[AnyEngineConfig]:
@@ -301,11 +309,16 @@ def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> I
                     continue
                 dp = world_size // (tp * pp)
                 rows = 1 if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-                yield MegatronEngineConfig(
-                    **common,
-                    tensor_parallel=tp,
-                    pipeline_parallel=pp,
-                    data_parallel=replicas(dp),
-                    sequence_parallel=tp > 1 and rows % tp == 0,
-                    distributed_optimizer=dp > 1 and recipe.optim.kind == "adamw",
-                )
+                blocks = recipe.model.num_layers // pp
+                for chunks in range(1, blocks + 1 if pp > 1 else 2):
+                    if blocks % chunks:
+                        continue
+                    yield MegatronEngineConfig(
+                        **common,
+                        tensor_parallel=tp,
+                        pipeline_parallel=pp,
+                        virtual_pipeline_parallel=chunks,
+                        data_parallel=replicas(dp),
+                        sequence_parallel=tp > 1 and rows % tp == 0,
+                        distributed_optimizer=dp > 1 and recipe.optim.kind == "adamw",
+                    )
