@@ -40,6 +40,8 @@ class DeepSpeedEngineConfig(EngineOptions):
     """Model replicas; all processes if not given."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where masters and optimizer state live, and where the update is made: on the accelerator, or in host memory."""
 
 
 class MegatronEngineConfig(EngineOptions):

@@ -38,12 +38,14 @@ class Held:
         gradients: buffers that the engine keeps, or the gradients at the end of the last backward.
         masters: fp32 weights that are not the working copy itself.
         state: of the optimizer (AdamW's two moments).
+        host: what of gradients, masters and state lies in host memory.
     """
 
     weights: int
     gradients: int
     masters: int
     state: int
+    host: int = 0
 
     @property
     def optimizer(self) -> int:
@@ -52,8 +54,8 @@ class Held:
 
     @property
     def total(self) -> int:
-        """Everything."""
-        return self.weights + self.gradients + self.optimizer
+        """Everything on the accelerator."""
+        return self.weights + self.gradients + self.optimizer - self.host
 
 
 def layout_sizes(engine: AnyEngineConfig, world_size: int) -> tuple[int, int, int]:
@@ -124,6 +126,7 @@ def _deepspeed(
     engine: DeepSpeedEngineConfig, parameters: Sequence[LocalParameter], model: ModelConfig, optim: OptimConfig, dp: int
 ) -> Held:
     size, stage = DTYPE_BYTES[engine.precision], engine.zero_stage
+    offloads = engine.offload_optimizer == "cpu"
     total = sum(parameter.numel for parameter in parameters)
     keys = max(_state_numbers(parameters, optim), default=0)
     if stage == 0:
@@ -132,15 +135,29 @@ def _deepspeed(
         share = sum(-(-parameter.numel // dp) for parameter in parameters)
         # Small parameters stay gathered (`stage3_param_persistence_threshold`), from shares that are all equally long.
         kept = sum(-(-p.numel // dp) * dp for p in parameters if p.numel <= model.hidden_size)
+        # In host memory, what is accumulated and what the optimizer reads are two buffers.
+        gradients = share * FP32 * (2 if offloads else 1)
+        optimizer = share * (1 + keys) * FP32
         return Held(
-            weights=(share + kept) * size, gradients=share * FP32, masters=share * FP32, state=share * keys * FP32
+            weights=(share + kept) * size,
+            gradients=gradients,
+            masters=share * FP32,
+            state=share * keys * FP32,
+            host=gradients + optimizer if offloads else 0,
         )
     alignment = _ZERO_START_ALIGNMENT * dp
     padded = sum(-(-count // alignment) * alignment for count in _group_sizes(parameters, optim))
     share = padded // dp
     # Stage 1 keeps whole gradients until the step cuts this rank's share of them; stage 2 only the share.
-    gradients = share * FP32 + (total * size if stage == 1 else 0)
-    return Held(weights=padded * size, gradients=gradients, masters=share * FP32, state=share * keys * FP32)
+    whole = total * size if stage == 1 else 0
+    partition = share * FP32 + (share * size if offloads else 0)
+    return Held(
+        weights=padded * size,
+        gradients=whole + partition,
+        masters=share * FP32,
+        state=share * keys * FP32,
+        host=partition + share * (1 + keys) * FP32 if offloads else 0,
+    )
 
 
 def _group_sizes(parameters: Sequence[LocalParameter], optim: OptimConfig) -> list[int]:

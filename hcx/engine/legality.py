@@ -92,6 +92,10 @@ def violations(
                 2,
             )
         )
+    if isinstance(engine, DeepSpeedEngineConfig) and engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
+        found.append(
+            Violation("engine.offload_optimizer", "cpu", "stage 0 has no shards of its own to keep elsewhere", "none")
+        )
     found += _optimizer(engine, optimizer)
     return found
 

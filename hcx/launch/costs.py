@@ -25,6 +25,8 @@ ZERO_BUCKET = 500_000_000
 """Elements of DeepSpeed's reduction bucket, its default."""
 ZERO_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at most, its default."""
+HOST_GB_S = 20.0
+"""What a rank gets of the host's memory and of its link to it, where the optimizer is offloaded: an assumption."""
 HOP_S = 5e-6
 """Time of one hop of a ring whatever its size: an assumption, of the order that NVLink and InfiniBand show."""
 
@@ -68,7 +70,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Everything on the accelerator."""
         return self.held.total + self.activations + self.workspace
 
 
@@ -298,7 +300,7 @@ class LayoutCosts:
             tensor_parallel=tensor,
             pipeline_parallel=pipeline,
             data_parallel=data,
-            optimizer=moved / (gpu.hbm_gb_s * 1e9),
+            optimizer=moved / ((HOST_GB_S if held.host else gpu.hbm_gb_s) * 1e9),
         )
 
     def _bandwidth(self, profile: ClusterProfile, ranks: int, stride: int) -> float:

@@ -125,6 +125,7 @@ def layout_json(layout: Layout) -> dict[str, Any]:
                 "optimizer_state": memory.held.state,
                 "activations": memory.activations,
                 "workspace": memory.workspace,
+                "in_host_memory": memory.held.host,
                 "total": memory.total,
             }
             for memory in layout.memory
@@ -175,6 +176,7 @@ def require_fit(plan: Plan, recipe: TrainRecipe) -> None:
             ("weights", memory.held.weights),
             ("gradients", memory.held.gradients),
             ("optimizer", memory.held.optimizer),
+            *([("less in host memory", memory.held.host)] if memory.held.host else []),
             ("activations", memory.activations),
             ("workspace", memory.workspace),
         )
@@ -301,7 +303,10 @@ def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> I
         plain = recipe.engine if isinstance(recipe.engine, TorchEngineConfig) else TorchEngineConfig()
         yield plain.model_copy(update={**common, "data_parallel": replicas(world_size)})
         for stage in (0, 1, 2, 3):
-            yield DeepSpeedEngineConfig(**common, data_parallel=replicas(world_size), zero_stage=stage)
+            zero = DeepSpeedEngineConfig(**common, data_parallel=replicas(world_size), zero_stage=stage)
+            yield zero
+            if stage:
+                yield zero.model_copy(update={"offload_optimizer": "cpu"})
         # Tensor parallelism stays within a node.
         for tp in range(1, min(model.kv_heads, profile.gpus_per_node, world_size) + 1):
             for pp in range(1, min(model.num_layers, world_size // tp) + 1):

@@ -33,6 +33,9 @@ TWO_RANKS = {
     "zero0": DeepSpeedEngineConfig(zero_stage=0),
     "zero1": DeepSpeedEngineConfig(zero_stage=1),
     "zero2": DeepSpeedEngineConfig(zero_stage=2),
+    "zero1-offload": DeepSpeedEngineConfig(zero_stage=1, offload_optimizer="cpu"),
+    "zero2-offload": DeepSpeedEngineConfig(zero_stage=2, offload_optimizer="cpu"),
+    "zero3-offload": DeepSpeedEngineConfig(zero_stage=3, offload_optimizer="cpu"),
     "ddp2": TorchEngineConfig(),
 }
 MODELS = {
@@ -261,7 +264,9 @@ def test_a_step_without_weight_or_with_an_infinite_norm_changes_nothing(pool: Wo
         assert moved > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["pp2", "pp2-vp2", "tp2", "dp2-distopt", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "layout", ["pp2", "pp2-vp2", "tp2", "dp2-distopt", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+)
 def test_bf16_starts_from_exact_masters_and_stays_near_one_process(pool: WorkerPool, layout: str) -> None:
     model = MODELS[suited(layout, "hyperclovax-tied")]
     case = SeamCase(TorchEngineConfig(clip_grad_norm=CLIP, precision="bf16"), model, lora=False)

@@ -23,6 +23,7 @@ EVEN = tiny_config("hyperclovax", vocab_size=390, num_layers=4)
 REPLICAS: list[AnyEngineConfig] = [
     TorchEngineConfig(),
     *(DeepSpeedEngineConfig(zero_stage=stage) for stage in (0, 1, 2, 3)),
+    *(DeepSpeedEngineConfig(zero_stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
     MegatronEngineConfig(),
     MegatronEngineConfig(distributed_optimizer=True),
 ]

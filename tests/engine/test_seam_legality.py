@@ -112,6 +112,12 @@ def test_skipping_missing_gradients_is_refused_where_gradients_live_in_flat_buff
     assert violations(TorchEngineConfig(missing_gradients="skip"), MODEL, 1) == []
 
 
+def test_stage_0_has_nothing_to_offload() -> None:
+    (found,) = violations(DeepSpeedEngineConfig(zero_stage=0, offload_optimizer="cpu"), MODEL, 2)
+    assert (found.key, found.nearest) == ("engine.offload_optimizer", "none")
+    assert violations(DeepSpeedEngineConfig(zero_stage=1, offload_optimizer="cpu"), MODEL, 2) == []
+
+
 def test_every_broken_rule_is_reported_at_once() -> None:
     engine = MegatronEngineConfig(tensor_parallel=5, pipeline_parallel=5, missing_gradients="skip")
     with pytest.raises(ConfigError) as caught:

@@ -26,6 +26,7 @@ ENGINES = {
     "pp2-vp2": MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2),
     "tp2-sp": MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True),
     "zero3": DeepSpeedEngineConfig(zero_stage=3, data_parallel=2),
+    "zero2-offload": DeepSpeedEngineConfig(zero_stage=2, data_parallel=2, offload_optimizer="cpu"),
 }
 
 

@@ -345,6 +345,22 @@ def test_recomputation_trades_activations_for_time() -> None:
     assert again.time.compute == pytest.approx(kept.time.compute * 4 / 3)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_takes_host_memory_and_time_instead(stage: int) -> None:
+    plain, offloaded = (
+        make_plan(
+            shipped("1.3b", f"engine.zero_stage={stage}", f"engine.offload_optimizer={place}"), load_profile("h100")
+        )
+        for place in ("none", "cpu")
+    )
+    one, other = plain.chosen.memory[0].held, offloaded.chosen.memory[0].held
+    # On the accelerator the weights are left; masters, moments and the gradients' shares are not.
+    assert other.total == other.weights == one.weights
+    assert other.optimizer == one.optimizer
+    assert other.host > one.optimizer + one.gradients
+    assert offloaded.chosen.time.optimizer > plain.chosen.time.optimizer
+
+
 def test_a_run_of_a_whole_cluster_is_not_started_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(capsys, "train", "launch/train/70b.yaml")
     assert code == 2

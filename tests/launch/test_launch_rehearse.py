@@ -38,6 +38,7 @@ def on_pool(pool: WorkerPool) -> rehearse.Runner:
     ("name", "overrides", "processes"),
     [
         ("125m", [], 1),
+        ("1.3b", ["engine.offload_optimizer=cpu"], 2),
         ("7b", [], 4),
         # All three axes make eight processes, which the long test runs.
         ("70b", ["engine.data_parallel=1", "engine.distributed_optimizer=false"], 4),
