@@ -63,6 +63,12 @@ def _show(made: Plan) -> None:
             )
         ],
     )
+    host = max(memory.held.host for memory in chosen.memory)
+    if host:
+        echo(
+            f"Each rank keeps {host / 2**30:.2f} GiB of gradients, masters and moments in host memory, outside of the "
+            "total"
+        )
     other = made.switched
     echo(
         f"With {other.overrides[0]}: {other.fullest.total / 2**30:.2f} GiB on the fullest stage "
@@ -109,8 +115,10 @@ def describe(layout: Layout) -> str:
     words: list[str] = [engine.kind]
     if engine.kind == "deepspeed":
         words.append(f"zero {engine.zero_stage}")
+        words += ["offload"] * (engine.offload_optimizer == "cpu")
     if engine.kind == "megatron":
-        words.append(f"tp {engine.tensor_parallel} pp {engine.pipeline_parallel}")
+        chunks = f"x{engine.virtual_pipeline_parallel}" if engine.virtual_pipeline_parallel > 1 else ""
+        words.append(f"tp {engine.tensor_parallel} pp {engine.pipeline_parallel}{chunks}")
     words.append(f"dp {engine.data_parallel or 1}")
     if engine.kind == "megatron":
         words += ["sp"] * engine.sequence_parallel + ["distributed optimizer"] * engine.distributed_optimizer

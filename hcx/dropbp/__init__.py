@@ -4,7 +4,7 @@ from hcx.dropbp.accounting import Saving, StepCosts, Trained
 from hcx.dropbp.allocation import allocate
 from hcx.dropbp.branches import SwitchedBranches, switched
 from hcx.dropbp.config import DropBPConfig
-from hcx.dropbp.masks import Mask, MaskSchedule
+from hcx.dropbp.masks import Mask, MaskSchedule, uneven_stages
 from hcx.dropbp.sensitivity import measure_sensitivity
 from hcx.dropbp.transform import DropBP
 
@@ -20,4 +20,5 @@ __all__ = [
     "allocate",
     "measure_sensitivity",
     "switched",
+    "uneven_stages",
 ]

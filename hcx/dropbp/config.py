@@ -37,8 +37,8 @@ class DropBPConfig(Config):
     hold_steps: int = 1
     """Steps for which a micro-batch's mask stays. More than 1 spares ZeRO-3 the recording of a new order each time."""
     stages: int | None = None
-    """Parts of the model that each drop equally many sublayers; the pipeline stages if not given. Masks depend on it: a
-    run that goes on with other pipeline stages keeps its masks when this is set."""
+    """Parts of the model that each drop equally many sublayers; the chunks of blocks of all pipeline stages if not
+    given. Masks depend on it: a run that goes on with other pipeline stages keeps its masks when this is set."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

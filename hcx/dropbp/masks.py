@@ -141,3 +141,20 @@ class MaskSchedule:
         if self.rule == "reference":
             return reference(rates, self.target, generator)
         return bernoulli(rates, generator)
+
+
+def uneven_stages(stages: int, pipeline: int, chunks: int) -> str | None:
+    """Why masks drawn in so many parts of the model do not drop equally on every pipeline stage; None if they do.
+
+    Args:
+        stages: parts that each drop equally many sublayers.
+        pipeline: pipeline stages.
+        chunks: of each pipeline stage; they lie apart in the model, so that every one must drop equally.
+    """
+    if stages % (pipeline * chunks) == 0:
+        return None
+    virtual = f" x virtual_pipeline_parallel = {chunks}" if chunks > 1 else ""
+    return (
+        f"dropbp.stages = {stages}: must be a multiple of engine.pipeline_parallel = {pipeline}{virtual}, so that "
+        "every stage drops equally many sublayers"
+    )

@@ -11,7 +11,7 @@ from hcx.dropbp.accounting import EVERYTHING, Saving, StepCosts, Trained
 from hcx.dropbp.allocation import allocate, usable
 from hcx.dropbp.branches import SwitchedBranches
 from hcx.dropbp.config import DropBPConfig
-from hcx.dropbp.masks import Mask, MaskSchedule
+from hcx.dropbp.masks import Mask, MaskSchedule, uneven_stages
 from hcx.dropbp.sensitivity import measure_sensitivity
 from hcx.errors import CheckpointError, ConfigError
 from hcx.model.config import ModelConfig
@@ -34,7 +34,7 @@ class DropBP(ModelTransform):
         model: the decoder's shape.
         steps: of the whole run, for the place of the probe.
         seed: of the masks.
-        stages: pipeline stages, where `config.stages` leaves them open.
+        stages: chunks of blocks over all pipeline stages, where `config.stages` leaves them open.
         trained: what gets gradients, for the accounting.
         checkpointing: kept sublayers are computed again in the backward, for the accounting.
 
@@ -96,11 +96,9 @@ class DropBP(ModelTransform):
         """
         if context.config.num_sublayers != self._model.num_sublayers:
             raise ValueError("the transform was made for another model")
-        if self._stages % context.topology.pp_size:
-            raise ConfigError(
-                f"dropbp.stages = {self._stages}: must be a multiple of engine.pipeline_parallel = "
-                f"{context.topology.pp_size}, so that every stage drops equally many sublayers"
-            )
+        problem = uneven_stages(self._stages, context.topology.pp_size, context.chunks)
+        if problem is not None:
+            raise ConfigError(problem)
         if isinstance(chunk, Decoder):
             chunk.drop_mechanism = self.config.mechanism
             return

@@ -40,6 +40,8 @@ class DeepSpeedEngineConfig(EngineOptions):
     """Model replicas; all processes if not given."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where masters and optimizer state live, and where the update is made: on the accelerator, or in host memory."""
 
 
 class MegatronEngineConfig(EngineOptions):
@@ -50,6 +52,9 @@ class MegatronEngineConfig(EngineOptions):
     """Ranks that share each matrix."""
     pipeline_parallel: int = 1
     """Pipeline stages."""
+    virtual_pipeline_parallel: int = 1
+    """Chunks of blocks on each stage, every `pipeline_parallel`-th one of the model. Above 1: the interleaved 1F1B
+    schedule, whose stages wait that much less and send that much more."""
     data_parallel: int | None = None
     """Model replicas; what the processes allow if not given."""
     sequence_parallel: bool = False

@@ -10,6 +10,10 @@ What is unusual here (measured; see ARCHITECTURE.md):
   low-rank factors) are registered with the module that uses them; the objective runs inside the wrapped forward,
   because log-probabilities need the output matrix.
 - Writing a master leaves the working weight of the next forward stale: `push` writes that too.
+- With the optimizer in host memory the library hands a gradient over at the accumulation boundary only to parameters
+  that get one in that very micro-batch, and keeps the last step's for the others (DropBP): under stages 2 and 3 the
+  boundary is never announced before the end, and what it keeps is cleared before every step.
+- The update in host memory is torch's fused AdamW; the library's own would be compiled at first use.
 - The library compiles a shared-memory collective at its first use on a CPU; it is told not to.
 """
 
@@ -135,7 +139,7 @@ class _ZeroMasters:
         return self._keys
 
     def fragment(self, parameter: str, key: str) -> Tensor:
-        """See `MasterAccess`; a view, because nothing is offloaded."""
+        """See `MasterAccess`; a view, in host memory where the optimizer is there."""
         tensor: Any = self._parameters[parameter]
         if self._stage == 3:
             start, stop = self._range(parameter) or (0, 0)
@@ -200,6 +204,7 @@ class DeepSpeedEngine(ShardedEngine):
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
         self._config, self._optim, self._transforms = engine_config, optim_config, tuple(transforms)
         self._stage, self._steps = engine_config.zero_stage, 0
+        self._offloads = engine_config.offload_optimizer == "cpu"
         decoder = Decoder(model_config, PlainParts(torch.float32, self.device))
         load_weights(decoder, decoder.parameter_map(), weights)
         context = TransformContext(model_config, self.topology)
@@ -257,6 +262,7 @@ class DeepSpeedEngine(ShardedEngine):
                 masters.fragment(name, "master").copy_(values[slice(*span)])
 
     def _library_config(self, model: ModelConfig) -> dict[str, Any]:
+        offloaded = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -264,6 +270,7 @@ class DeepSpeedEngine(ShardedEngine):
             # Stage 0 is clipped here, by clip groups.
             "gradient_clipping": self._config.clip_grad_norm if self._stage else 0.0,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": self._config.precision == "bf16"},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -271,6 +278,7 @@ class DeepSpeedEngine(ShardedEngine):
                 "stage": self._stage,
                 # Vectors stay whole on every rank: gathering them would cost more than they take.
                 "stage3_param_persistence_threshold": model.hidden_size,
+                **({"offload_optimizer": offloaded} if self._offloads else {}),
             },
         }
 
@@ -307,17 +315,38 @@ class DeepSpeedEngine(ShardedEngine):
     def _backward(self, batch: StepBatch, objective: Objective, weight: float) -> dict[str, float]:
         """Forward and backward of every micro-batch; the reduced gradients of loss / weight remain in the library."""
         self._engine.train()
-        if self._stage == 3:
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._clear_kept_gradients()
         stored = []
-        last = len(batch.micro_batches) - 1
+        hands_over_late = self._offloads and self._stage >= 2
+        last = math.inf if hands_over_late else len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             meta = step_meta(self._transforms, batch.step, index, micro_batch)
             self._engine.set_gradient_accumulation_boundary(index == last)
             total, metrics = self._engine(micro_batch, meta, objective)
             stored.append({LOSS: total.detach(), **{name: value.detach() for name, value in metrics.items()}})
             self._engine.backward(total * (self.topology.dp_size / weight), scale_wrt_gas=False)
+        if hands_over_late:
+            self._engine.set_gradient_accumulation_boundary(True)
+            optimizer = self._engine.optimizer
+            if self._stage == 3:
+                optimizer._finalize_offload_gradient_accumulation()
+            else:
+                optimizer._finalize_cpu_offload_gradient_accumulation()
         return reduce_sums(stored, None, self.topology.dp_size)
+
+    def _clear_kept_gradients(self) -> None:
+        """Zeroes buffers from which the library would take the last step's gradient where this step gives none."""
+        optimizer = self._engine.optimizer
+        if self._stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+        if self._offloads:
+            flats = (
+                optimizer.fp32_partitioned_groups_flat
+                if self._stage == 3
+                else optimizer.single_partition_of_fp32_groups
+            )
+            for kept in [*(flat.grad for flat in flats), *getattr(optimizer, "accumulated_grads_in_cpu", {}).values()]:
+                kept.zero_()
 
     def _clip(self) -> float:
         """Stage 0: clips each clip group by its own norm; returns the norm over all of them."""
@@ -340,6 +369,8 @@ class DeepSpeedEngine(ShardedEngine):
         parameters: list[Any] = list(self._parameters.values())
         partitions = [parameter.ds_tensor for parameter in parameters] if self._stage == 3 else []
         buffer = [self._engine.optimizer.grad_partitions_flat_buffer] if self._stage == 3 else []
+        if self._stage == 3 and self._offloads:
+            buffer += [flat.grad for flat in self._engine.optimizer.fp32_partitioned_groups_flat]
         return {"weights": [*parameters, *partitions], "gradients": buffer, "optimizer": self._masters.held()}
 
     def set_rope_theta(self, theta: float) -> None:
@@ -386,6 +417,8 @@ class DeepSpeedEngine(ShardedEngine):
                 optimizer.averaged_gradients[group] = None
                 optimizer.all_grad_tensors[group] = None
             optimizer.micro_step_id = -1
+            if self._offloads:
+                optimizer.reset_cpu_buffers()
         elif self._stage == 3:
             optimizer._pre_step()
             optimizer._partition_all_parameters()

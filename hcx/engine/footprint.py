@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.model.config import ModelConfig
-from hcx.model.shapes import LocalParameter, pipeline_stage, stage_parameters
+from hcx.model.shapes import LocalParameter, Stage, stage_chunks, stage_parameters
 from hcx.optim import OptimConfig, parameter_groups, state_keys
 
 FP32 = 4
@@ -38,12 +38,14 @@ class Held:
         gradients: buffers that the engine keeps, or the gradients at the end of the last backward.
         masters: fp32 weights that are not the working copy itself.
         state: of the optimizer (AdamW's two moments).
+        host: what of gradients, masters and state lies in host memory.
     """
 
     weights: int
     gradients: int
     masters: int
     state: int
+    host: int = 0
 
     @property
     def optimizer(self) -> int:
@@ -52,14 +54,21 @@ class Held:
 
     @property
     def total(self) -> int:
-        """Everything."""
-        return self.weights + self.gradients + self.optimizer
+        """Everything on the accelerator."""
+        return self.weights + self.gradients + self.optimizer - self.host
 
 
 def layout_sizes(engine: AnyEngineConfig, world_size: int) -> tuple[int, int, int]:
     """(tensor parallel, pipeline, data parallel) ranks of an engine on `world_size` processes."""
     tp, pp = (engine.tensor_parallel, engine.pipeline_parallel) if isinstance(engine, MegatronEngineConfig) else (1, 1)
     return tp, pp, world_size // (tp * pp)
+
+
+def rank_chunks(engine: AnyEngineConfig, model: ModelConfig, world_size: int, pp_rank: int) -> list[Stage]:
+    """The parts of the decoder that a rank of stage `pp_rank` holds: one, or several of an interleaved pipeline."""
+    _, pp, _ = layout_sizes(engine, world_size)
+    chunks = engine.virtual_pipeline_parallel if isinstance(engine, MegatronEngineConfig) else 1
+    return stage_chunks(model, pp_rank, pp, chunks)
 
 
 def held_bytes(
@@ -75,10 +84,11 @@ def held_bytes(
         pp_rank: the stage.
         dp_rank: the replica. Tensor-parallel ranks of a stage and replica hold equally much.
     """
-    tp, pp, dp = layout_sizes(engine, world_size)
-    parameters = stage_parameters(model, pipeline_stage(model, pp_rank, pp), tp)
+    tp, _, dp = layout_sizes(engine, world_size)
+    chunks = [stage_parameters(model, stage, tp) for stage in rank_chunks(engine, model, world_size, pp_rank)]
     if isinstance(engine, MegatronEngineConfig):
-        return _megatron(engine, parameters, optim, dp, dp_rank)
+        return _megatron(engine, chunks, optim, dp, dp_rank)
+    (parameters,) = chunks
     if isinstance(engine, DeepSpeedEngineConfig):
         return _deepspeed(engine, parameters, model, optim, dp)
     return _torch(engine, parameters, optim)
@@ -116,6 +126,7 @@ def _deepspeed(
     engine: DeepSpeedEngineConfig, parameters: Sequence[LocalParameter], model: ModelConfig, optim: OptimConfig, dp: int
 ) -> Held:
     size, stage = DTYPE_BYTES[engine.precision], engine.zero_stage
+    offloads = engine.offload_optimizer == "cpu"
     total = sum(parameter.numel for parameter in parameters)
     keys = max(_state_numbers(parameters, optim), default=0)
     if stage == 0:
@@ -124,15 +135,29 @@ def _deepspeed(
         share = sum(-(-parameter.numel // dp) for parameter in parameters)
         # Small parameters stay gathered (`stage3_param_persistence_threshold`), from shares that are all equally long.
         kept = sum(-(-p.numel // dp) * dp for p in parameters if p.numel <= model.hidden_size)
+        # In host memory, what is accumulated and what the optimizer reads are two buffers.
+        gradients = share * FP32 * (2 if offloads else 1)
+        optimizer = share * (1 + keys) * FP32
         return Held(
-            weights=(share + kept) * size, gradients=share * FP32, masters=share * FP32, state=share * keys * FP32
+            weights=(share + kept) * size,
+            gradients=gradients,
+            masters=share * FP32,
+            state=share * keys * FP32,
+            host=gradients + optimizer if offloads else 0,
         )
     alignment = _ZERO_START_ALIGNMENT * dp
     padded = sum(-(-count // alignment) * alignment for count in _group_sizes(parameters, optim))
     share = padded // dp
     # Stage 1 keeps whole gradients until the step cuts this rank's share of them; stage 2 only the share.
-    gradients = share * FP32 + (total * size if stage == 1 else 0)
-    return Held(weights=padded * size, gradients=gradients, masters=share * FP32, state=share * keys * FP32)
+    whole = total * size if stage == 1 else 0
+    partition = share * FP32 + (share * size if offloads else 0)
+    return Held(
+        weights=padded * size,
+        gradients=whole + partition,
+        masters=share * FP32,
+        state=share * keys * FP32,
+        host=partition + share * (1 + keys) * FP32 if offloads else 0,
+    )
 
 
 def _group_sizes(parameters: Sequence[LocalParameter], optim: OptimConfig) -> list[int]:
@@ -150,8 +175,9 @@ def _group_sizes(parameters: Sequence[LocalParameter], optim: OptimConfig) -> li
 
 
 def _megatron(
-    engine: MegatronEngineConfig, parameters: Sequence[LocalParameter], optim: OptimConfig, dp: int, dp_rank: int
+    engine: MegatronEngineConfig, chunks: Sequence[list[LocalParameter]], optim: OptimConfig, dp: int, dp_rank: int
 ) -> Held:
+    parameters = [parameter for chunk in chunks for parameter in chunk]
     size, total = DTYPE_BYTES[engine.precision], sum(parameter.numel for parameter in parameters)
     numbers = _state_numbers(parameters, optim)
     if not engine.distributed_optimizer:
@@ -160,11 +186,12 @@ def _megatron(
         return Held(weights=total * size, gradients=total * FP32, masters=masters, state=state * FP32)
     keys = max(numbers, default=0)
     length, owned = 0, 0
-    for begin, end, members in _buckets(parameters, dp):
+    # Each chunk has a buffer of its own.
+    for begin, end, members in (bucket for chunk in chunks for bucket in _buckets(chunk, dp)):
         share = (end - begin) // dp
         low, high = begin + dp_rank * share, begin + (dp_rank + 1) * share
         owned += sum(max(0, min(high, stop) - max(low, start)) for start, stop in members)
-        length = end
+        length += end - begin
     return Held(
         weights=length * size,
         gradients=length * FP32,

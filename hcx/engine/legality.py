@@ -53,15 +53,18 @@ def violations(
     world_size: int,
     seq_len: int | None = None,
     optimizer: str | None = None,
+    micro_batches: int | None = None,
 ) -> list[Violation]:
     """Every rule that `engine` breaks for this model on `world_size` processes; empty: legal.
 
-    `seq_len` is the number of tokens in a row of a micro-batch, `optimizer` is `optim.kind`, where they are known.
+    `seq_len` is the number of tokens in a row of a micro-batch, `optimizer` is `optim.kind`, `micro_batches` their
+    number in a step over all replicas, where they are known.
     """
     found = list(_replicas(engine, world_size))
     if isinstance(engine, MegatronEngineConfig):
         found += _tensor_parallel(engine, model, seq_len)
         found += _pipeline_parallel(engine, model)
+        found += _virtual_pipeline(engine, model, world_size, micro_batches)
     if engine.missing_gradients == "skip" and not isinstance(engine, TorchEngineConfig):
         found.append(
             Violation(
@@ -89,6 +92,10 @@ def violations(
                 2,
             )
         )
+    if isinstance(engine, DeepSpeedEngineConfig) and engine.offload_optimizer == "cpu" and engine.zero_stage == 0:
+        found.append(
+            Violation("engine.offload_optimizer", "cpu", "stage 0 has no shards of its own to keep elsewhere", "none")
+        )
     found += _optimizer(engine, optimizer)
     return found
 
@@ -99,9 +106,10 @@ def require_legal(
     world_size: int,
     seq_len: int | None = None,
     optimizer: str | None = None,
+    micro_batches: int | None = None,
 ) -> None:
     """Raises ConfigError with every violation, its reason and nearest legal value, and the nearest legal layout."""
-    lines = explain(engine, model, world_size, seq_len, optimizer)
+    lines = explain(engine, model, world_size, seq_len, optimizer, micro_batches)
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -112,10 +120,12 @@ def explain(
     world_size: int,
     seq_len: int | None = None,
     optimizer: str | None = None,
+    micro_batches: int | None = None,
 ) -> list[str]:
     """A line for every violation, and one for the nearest legal layout where that is another engine setting."""
-    lines = [str(violation) for violation in violations(engine, model, world_size, seq_len, optimizer)]
-    near = nearest_legal(engine, model, world_size, seq_len, optimizer) if lines else None
+    known = (model, world_size, seq_len, optimizer, micro_batches)
+    lines = [str(violation) for violation in violations(engine, *known)]
+    near = nearest_legal(engine, *known) if lines else None
     if near is not None and near != engine:
         lines.append(f"nearest legal layout on {world_size} processes: {' '.join(changes(engine, near))}")
     return lines
@@ -139,6 +149,7 @@ def nearest_legal(
     world_size: int,
     seq_len: int | None = None,
     optimizer: str | None = None,
+    micro_batches: int | None = None,
 ) -> AnyEngineConfig | None:
     """The legal layout of the same kind with the fewest and smallest changes; None where no setting of it helps.
 
@@ -147,7 +158,7 @@ def nearest_legal(
     candidates: list[tuple[float, AnyEngineConfig]] = []
     for layout, distance in _sizes(engine, model, world_size):
         for _ in range(3):  # a mended flag may uncover another
-            found = violations(layout, model, world_size, seq_len, optimizer)
+            found = violations(layout, model, world_size, seq_len, optimizer, micro_batches)
             repairs = {
                 violation.key.removeprefix("engine."): violation.nearest
                 for violation in found
@@ -157,7 +168,7 @@ def nearest_legal(
                 break
             layout = layout.model_copy(update=repairs)
             distance += 0.5 * len(repairs)
-        if not violations(layout, model, world_size, seq_len, optimizer):
+        if not violations(layout, model, world_size, seq_len, optimizer, micro_batches):
             candidates.append((distance, layout))
     return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
@@ -250,4 +261,35 @@ def _pipeline_parallel(engine: MegatronEngineConfig, model: ModelConfig) -> Iter
             pp,
             f"stages hold equal numbers of blocks, and it does not divide model.num_layers = {model.num_layers}",
             nearest_divisor(model.num_layers, pp),
+        )
+
+
+def _virtual_pipeline(
+    engine: MegatronEngineConfig, model: ModelConfig, world_size: int, micro_batches: int | None
+) -> Iterator[Violation]:
+    """What megatron-core's interleaved schedule asks for."""
+    tp, pp, chunks = engine.tensor_parallel, engine.pipeline_parallel, engine.virtual_pipeline_parallel
+    key = "engine.virtual_pipeline_parallel"
+    if chunks < 1:
+        yield Violation(key, chunks, "must be at least 1", 1)
+    if chunks <= 1 or pp < 1:
+        return
+    if pp == 1:
+        yield Violation(key, chunks, "interleaves the blocks of several stages, and pipeline_parallel is 1", 1)
+        return
+    if model.num_layers % pp == 0 and model.num_layers % (pp * chunks):
+        yield Violation(
+            key,
+            chunks,
+            f"chunks hold equal numbers of blocks, and it does not divide the {model.num_layers // pp} of a stage",
+            nearest_divisor(model.num_layers // pp, chunks),
+        )
+    replicas = world_size // (tp * pp) if tp > 0 else 0
+    if micro_batches is not None and replicas and micro_batches % replicas == 0 and micro_batches // replicas % pp:
+        yield Violation(
+            key,
+            chunks,
+            f"the schedule takes micro-batches in groups of pipeline_parallel = {pp}, and a step has "
+            f"{micro_batches // replicas} on each replica; or choose a batch that makes a multiple of {pp}",
+            1,
         )

@@ -7,6 +7,8 @@ What is unusual here (measured; see ARCHITECTURE.md):
 - The optimizer applies neither weight decay multipliers nor learning rates by itself: both are imposed every step.
 - The two copies of tied embeddings on the first and last stage are loaded from one canonical tensor, their gradients
   are summed by `finalize_model_grads`, and the last stage's copy is marked so that norms count it once.
+- A stage holds one chunk of the decoder, or several that the interleaved schedule runs in turn; that schedule takes
+  whole groups of micro-batches, so that scores and probes are filled up by copies that count for nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +52,25 @@ from hcx.engine.sharded import ShardedEngine, join_process_group, local_groups, 
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
 from hcx.model.meta import ForwardMeta
+from hcx.model.naming import ParameterMap
 from hcx.model.parts.megatron import MegatronParts
+from hcx.model.shapes import stage_chunks
 from hcx.model.transforms import ModelTransform, TransformContext
 from hcx.model.weights import WeightsProvider, load_weights
 from hcx.optim import OptimConfig, parameter_groups, state_keys
 
-_MicroStep = tuple[MicroBatch, ForwardMeta]
-"""A micro-batch and its metadata, as every stage iterates them."""
+
+class _MicroStep(NamedTuple):
+    """A micro-batch as every chunk iterates them.
+
+    Attributes:
+        micro_batch, meta: tokens and what else the forward needs.
+        share: 1, or 0 for a copy that only fills up a group.
+    """
+
+    micro_batch: MicroBatch
+    meta: ForwardMeta
+    share: float = 1.0
 
 
 class MegatronEngine(ShardedEngine):
@@ -66,7 +80,7 @@ class MegatronEngine(ShardedEngine):
         engine_config: the layout; refused by `legality` where it does not fit.
         model_config: the decoder.
         optim_config: optimizer, learning rate, weight decay.
-        transforms: applied to this rank's stage after loading.
+        transforms: applied to each of this rank's chunks after loading.
         weights: canonical tensors to start from.
         seed: of the initial weights that `weights` leaves open, and of the RNG.
 
@@ -98,30 +112,22 @@ class MegatronEngine(ShardedEngine):
         self._transforms, self._steps = tuple(transforms), 0
         with rehearsal.redirected():
             join_process_group(world_size)
-            acquire_groups(self.topology)
+            acquire_groups(self.topology, engine_config.virtual_pipeline_parallel)
             self._build(weights)
 
     def _build(self, weights: WeightsProvider) -> None:
         """Structure of this stage -> load -> transforms -> wrap -> optimizer."""
         place, model = self.topology, self._model_config
-        per_stage = model.num_layers // place.pp_size
         self._library = library_config(self._config, model)
-        self._decoder = Decoder(
-            model,
-            MegatronParts(self._config.sequence_parallel, torch.float32, self.device),
-            layers=range(place.pp_rank * per_stage, (place.pp_rank + 1) * per_stage),
-            pre=place.is_first_stage,
-            post=place.is_last_stage,
-        )
-        load_weights(self._decoder, self._decoder.parameter_map(), weights)
-        context = TransformContext(model, place)
-        for transform in self._transforms:
-            transform.apply(self._decoder, context)
-        self._decoder.activation_checkpointing = self._config.activation_checkpointing
-        self._parameters = dict(self._decoder.named_parameters())
-        blocks = self._decoder.parameter_map()
+        self._decoders = self._build_decoders(weights)
+        self._parameters = dict(nn.ModuleList(self._decoders).named_parameters())
+        blocks: ParameterMap = {
+            f"{number}.{name}": found
+            for number, decoder in enumerate(self._decoders)
+            for name, found in decoder.parameter_map().items()
+        }
         mark_sharded(self._parameters, blocks)
-        tied = mark_tied(self._decoder, place)
+        tied = [mark_tied(decoder, place) for decoder in self._decoders]
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self._layout = BlockMap(blocks, shapes, None, parallel_state.get_model_parallel_group(), self.device)
         self._trained = trained_names(self._parameters, blocks, parallel_state.get_model_parallel_group())
@@ -129,11 +135,14 @@ class MegatronEngine(ShardedEngine):
             {name: self._layout.shape(name) for name in self._layout.names if name in self._trained}, self._optim
         )
         exact = self._lower_precision()
-        self._chunk = wrap(StageChunk(self._library, self._decoder, place, tied), self._config)
+        self._chunks = [
+            wrap(StageChunk(self._library, decoder, copy, number), self._config)
+            for number, (decoder, copy) in enumerate(zip(self._decoders, tied, strict=True))
+        ]
         self._library.finalize_model_grads_func = self._finalize
         members = local_groups(blocks, self._groups, self._trained)
         self._optimizer, self._inner = build_optimizer(
-            self._chunk, self._parameters, members, len(self._groups), self._optim, self._config
+            self._chunks, self._parameters, members, len(self._groups), self._optim, self._config
         )
         keys = state_keys(self._groups[0], self._optim) if self._groups else ()
         self._masters = MegatronMasters(self._parameters, self._inner, self._layout, keys)
@@ -147,6 +156,21 @@ class MegatronEngine(ShardedEngine):
             span = (0, values.numel()) if ranges is None else ranges.get(name)
             if span is not None and self._parameters[name].requires_grad:
                 self._masters.fragment(name, "master").copy_(values.view(-1)[slice(*span)])
+
+    def _build_decoders(self, weights: WeightsProvider) -> list[Decoder]:
+        """This stage's chunks of the decoder, loaded and transformed."""
+        place, model, chunks = self.topology, self._model_config, self._config.virtual_pipeline_parallel
+        parts = MegatronParts(self._config.sequence_parallel, torch.float32, self.device)
+        context = TransformContext(model, place, chunks)
+        decoders = []
+        for stage in stage_chunks(model, place.pp_rank, place.pp_size, chunks):
+            decoder = Decoder(model, parts, layers=stage.layers, pre=stage.pre, post=stage.post)
+            load_weights(decoder, decoder.parameter_map(), weights)
+            for transform in self._transforms:
+                transform.apply(decoder, context)
+            decoder.activation_checkpointing = self._config.activation_checkpointing
+            decoders.append(decoder)
+        return decoders
 
     def _lower_precision(self) -> dict[str, Tensor]:
         """Working weights in the working precision; the fp32 values that the masters shall start from."""
@@ -167,6 +191,7 @@ class MegatronEngine(ShardedEngine):
     def train_step(self, batch: StepBatch, objective: Objective, lr_factor: float) -> StepStats:
         """See `Engine.train_step`."""
         with rehearsal.redirected():
+            self._require_whole_groups(len(batch.micro_batches))
             weight = self._global_weight(batch.micro_batches, objective)
             if weight == 0:
                 return StepStats(loss_sum=0.0, weight=0.0, skipped=True)
@@ -181,6 +206,14 @@ class MegatronEngine(ShardedEngine):
             self._clear_gradients()
             return StepStats(loss_sum, weight, metrics, norm, skipped)
 
+    def _require_whole_groups(self, micro_batches: int) -> None:
+        """A training step is not filled up: every step would compute copies for nothing."""
+        if len(self._chunks) > 1 and micro_batches % self.topology.pp_size:
+            place = self.topology
+            require_legal(
+                self._config, self._model_config, place.world_size, micro_batches=micro_batches * place.dp_size
+            )
+
     def _global_weight(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> float:
         group = parallel_state.get_data_parallel_group()
         return global_weight(micro_batches, objective, group, self.device, self.topology.dp_size)
@@ -189,18 +222,19 @@ class MegatronEngine(ShardedEngine):
         self, batch: StepBatch, objective: Objective, weight: float, force_all_reduce: bool
     ) -> tuple[float, dict[str, float]]:
         """Forward and backward of every micro-batch; gradients of loss / weight are in `main_grad` afterwards."""
-        self._chunk.train()
+        for chunk in self._chunks:
+            chunk.train()
         self._clear_gradients()
 
-        def loss(hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total, metrics = objective(self._decoder.output(hidden), micro_batch)
+        def loss(hidden: Tensor, step: _MicroStep) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, metrics = objective(self._decoders[-1].output(hidden), step.micro_batch)
             sums = {name: value.detach() for name, value in metrics.items()}
             # The schedule works on the loss in place: it gets a fresh tensor, and no tokens to divide by.
             no_tokens = torch.tensor(0, dtype=torch.int, device=self.device)
-            return total / weight, no_tokens, {LOSS: total.detach().clone(), **sums}
+            return total * step.share / weight, no_tokens, {LOSS: total.detach().clone(), **sums}
 
         steps = [
-            (micro_batch, step_meta(self._transforms, batch.step, index, micro_batch))
+            _MicroStep(micro_batch, step_meta(self._transforms, batch.step, index, micro_batch))
             for index, micro_batch in enumerate(batch.micro_batches)
         ]
         stored = self._schedule(steps, loss, forward_only=False, force_all_reduce=force_all_reduce)
@@ -214,31 +248,37 @@ class MegatronEngine(ShardedEngine):
         forward_only: bool,
         force_all_reduce: bool = False,
     ) -> list[Any]:
-        """Runs the library's schedule; `finish(hidden, micro batch)` on the last stage, whose results it returns.
+        """Runs the library's schedule; `finish(hidden, step)` on the last chunk, whose results it returns.
 
-        Every stage iterates the same micro-batches: positions, document bounds and the DropBP mask are data there.
+        Every chunk iterates the same micro-batches: positions, document bounds and the DropBP mask are data there.
         """
-        rows, columns = micro_steps[0][0].tokens.shape
+        rows, columns = micro_steps[0].micro_batch.tokens.shape
         if columns % self.topology.tp_size:
             require_legal(self._config, self._model_config, self.topology.world_size, seq_len=columns)
 
         def forward_step(iterator: Iterator[_MicroStep], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            micro_batch, meta = next(iterator)
-            hidden = chunk(micro_batch, meta)
-            return hidden, lambda output, non_loss_data=False: finish(output, micro_batch)
+            step = next(iterator)
+            hidden = chunk(step.micro_batch, step.meta)
+            return hidden, lambda output, non_loss_data=False: finish(output, step)
 
+        filled = self._whole_groups(micro_steps)
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_steps),
-            model=[self._chunk],
-            num_microbatches=len(micro_steps),
+            data_iterator=[iter(filled) for _ in self._chunks],
+            model=self._chunks,
+            num_microbatches=len(filled),
             seq_length=columns,
             micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             force_all_reduce=force_all_reduce,
         )
-        return results
+        return results[: len(micro_steps)]
+
+    def _whole_groups(self, steps: Sequence[_MicroStep]) -> list[_MicroStep]:
+        """Steps as the schedule takes them: interleaved, in groups of as many as there are stages."""
+        missing = -len(steps) % self.topology.pp_size if len(self._chunks) > 1 else 0
+        return [*steps, *(steps[-1]._replace(share=0.0) for _ in range(missing))]
 
     def _finalize(self, chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Reduces gradients over replicas, tied copies and norms; nothing divides them."""
@@ -291,7 +331,8 @@ class MegatronEngine(ShardedEngine):
         return total
 
     def _clear_gradients(self) -> None:
-        self._chunk.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def held_tensors(self) -> dict[str, list[Tensor]]:
@@ -305,7 +346,8 @@ class MegatronEngine(ShardedEngine):
 
     def set_rope_theta(self, theta: float) -> None:
         """See `Engine.set_rope_theta`."""
-        self._decoder.set_rope_theta(theta)
+        for decoder in self._decoders:
+            decoder.set_rope_theta(theta)
 
     def score(
         self, micro_batches: Sequence[MicroBatch], fn: Callable[[ModelOutput, MicroBatch], Tensor]
@@ -313,18 +355,22 @@ class MegatronEngine(ShardedEngine):
         """See `Engine.score`."""
         results: list[Tensor] = []
         with rehearsal.redirected(), torch.no_grad():
-            self._chunk.eval()
+            for chunk in self._chunks:
+                chunk.eval()
             # The schedules send one shape: rows of equal shape go together.
             for _, same in itertools.groupby(micro_batches, key=lambda micro_batch: micro_batch.tokens.shape):
-                steps = [(micro_batch, plain_meta(micro_batch)) for micro_batch in same]
+                steps = [_MicroStep(micro_batch, plain_meta(micro_batch)) for micro_batch in same]
                 found = self._schedule(
-                    steps, lambda hidden, micro_batch: fn(self._decoder.output(hidden), micro_batch), forward_only=True
+                    steps,
+                    lambda hidden, step: fn(self._decoders[-1].output(hidden), step.micro_batch),
+                    forward_only=True,
                 )
-                results += self._from_last_stage(found, len(steps))
-            self._chunk.train()
+                results += self._from_last_stage(found)
+            for chunk in self._chunks:
+                chunk.train()
         return results
 
-    def _from_last_stage(self, tensors: list[Tensor], count: int) -> list[Tensor]:
+    def _from_last_stage(self, tensors: list[Tensor]) -> list[Tensor]:
         """The last stage's tensors, on every stage."""
         if self.topology.pp_size == 1:
             return [tensor.detach() for tensor in tensors]

@@ -1,9 +1,9 @@
-"""One pipeline stage of the decoder as megatron-core wants it: its config, groups, marks, wrapper and optimizer."""
+"""A pipeline stage's chunks of the decoder as megatron-core wants them: config, groups, marks, wrapper, optimizer."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,23 @@ from hcx.optim import OptimConfig
 
 
 class StageChunk(MegatronModule):
-    """One pipeline stage of the decoder, as megatron-core's schedules and wrappers want to see it."""
+    """One chunk of a pipeline stage, as megatron-core's schedules and wrappers want to see it.
+
+    Args:
+        config: what the library reads.
+        stage: the chunk's blocks, and what else of the decoder it holds.
+        tied: its copy of an embedding that another stage shares.
+        number: which of the stage's chunks it is.
+    """
 
     def __init__(
-        self, config: TransformerConfig, stage: nn.Module, topology: Topology, tied: nn.Parameter | None
+        self, config: TransformerConfig, stage: Decoder, tied: nn.Parameter | None = None, number: int = 0
     ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = None
-        self.pre_process = topology.is_first_stage
-        self.post_process = topology.is_last_stage
+        self.vp_stage = None if config.virtual_pipeline_model_parallel_size is None else number
+        self.pre_process = stage.embedding is not None
+        self.post_process = stage.norm is not None
         self.share_embeddings_and_output_weights = tied is not None
         # In a list, so that it is not registered a second time.
         self._tied = [tied]
@@ -54,31 +61,32 @@ class StageChunk(MegatronModule):
         return self._tied[0]
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Takes the hidden states `[seq, batch, hidden]` that the previous stage sent."""
+        """Takes the hidden states `[seq, batch, hidden]` that the chunk before it sent."""
         self._received = tensors[0]
 
     def forward(self, micro_batch: MicroBatch, meta: ForwardMeta) -> Tensor:
-        """Hidden states of this stage `[seq, batch, hidden]`."""
+        """Hidden states of this chunk `[seq, batch, hidden]`."""
         hidden, self._received = self._received, None
         return self.stage(micro_batch.tokens if self.pre_process else hidden, meta)
 
 
-_acquired: tuple[Any, int, int] | None = None
-"""(default process group, tp, pp) that the library's groups were made for."""
+_acquired: tuple[Any, int, int, int] | None = None
+"""(default process group, tp, pp, chunks of a stage) that the library's groups were made for."""
 
 
-def acquire_groups(topology: Topology) -> None:
+def acquire_groups(topology: Topology, chunks: int = 1) -> None:
     """The library's process groups, which are global: made again only for another layout."""
     global _acquired
     # Modules that the library imports later announce the same torch fallbacks.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
-    wanted = (torch.distributed.group.WORLD, topology.tp_size, topology.pp_size)
+    wanted = (torch.distributed.group.WORLD, topology.tp_size, topology.pp_size, chunks)
     if _acquired == wanted and parallel_state.model_parallel_is_initialized():
         return
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         create_gloo_process_groups=False,
     )
     _acquired = wanted
@@ -87,6 +95,7 @@ def acquire_groups(topology: Topology) -> None:
 def library_config(engine: MegatronEngineConfig, model: ModelConfig) -> TransformerConfig:
     """What the schedules, the wrapper and the optimizer read; the decoder has its own configuration."""
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    chunks = engine.virtual_pipeline_parallel
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults of features that are not used
         return TransformerConfig(
@@ -97,6 +106,11 @@ def library_config(engine: MegatronEngineConfig, model: ModelConfig) -> Transfor
             ffn_hidden_size=model.intermediate_size,
             tensor_model_parallel_size=engine.tensor_parallel,
             pipeline_model_parallel_size=engine.pipeline_parallel,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            # Interleaved stages send and receive while they compute. With batched messages, the library's default, they
+            # take another chunk's tensors over gloo, without an error.
+            batch_p2p_comm=chunks == 1,
+            overlap_p2p_comm=chunks > 1,
             sequence_parallel=engine.sequence_parallel,
             params_dtype=dtype,
             pipeline_dtype=dtype,
@@ -118,7 +132,7 @@ def mark_sharded(parameters: Mapping[str, nn.Parameter], blocks: ParameterMap) -
 
 
 def mark_tied(stage: Decoder, place: Topology) -> nn.Parameter | None:
-    """This stage's copy of an embedding that another stage shares and that is trained, marked for the library."""
+    """This chunk's copy of an embedding that another stage shares and that is trained, marked for the library."""
     tied = stage.shared_embedding_or_output_weight()
     if tied is None or place.pp_size == 1 or not tied.requires_grad:
         return None
@@ -130,7 +144,7 @@ def mark_tied(stage: Decoder, place: Topology) -> nn.Parameter | None:
 
 
 def wrap(chunk: StageChunk, engine: MegatronEngineConfig) -> DistributedDataParallel:
-    """The stage with its gradient buffers."""
+    """The chunk with its gradient buffers."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         # Buckets that wait for every gradient and DropBP's missing ones do not go together.
@@ -141,7 +155,7 @@ def wrap(chunk: StageChunk, engine: MegatronEngineConfig) -> DistributedDataPara
 
 
 def build_optimizer(
-    chunk: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     parameters: Mapping[str, nn.Parameter],
     members: Mapping[str, int],
     count: int,
@@ -151,8 +165,8 @@ def build_optimizer(
     """The library's optimizer, with one group of its per group of ours; and the one member of its chain.
 
     Args:
-        chunk: the wrapped stage.
-        parameters: its local parameters.
+        chunks: what the stage holds, wrapped.
+        parameters: their local parameters.
         members: local name -> number of its group, which the library's groups then carry as `hcx_group`.
         count: number of groups, over all stages.
         optim, engine: settings.
@@ -175,10 +189,10 @@ def build_optimizer(
             sgd_momentum=optim.momentum,
             clip_grad=0.0,
             bf16=engine.precision == "bf16",
-            params_dtype=chunk.config.params_dtype,
+            params_dtype=chunks[0].config.params_dtype,
             use_distributed_optimizer=engine.distributed_optimizer,
         ),
-        [chunk],
+        list(chunks),
         config_overrides={
             ParamKey(predicate=ParamPredicate(f"hcx_group_{index}", member_of(index))): {"hcx_group": index}
             for index in range(count)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig
-from hcx.engine.footprint import DTYPE_BYTES, FP32, AnyEngineConfig, Held, held_bytes, layout_sizes
+from hcx.engine.footprint import DTYPE_BYTES, FP32, AnyEngineConfig, Held, held_bytes, layout_sizes, rank_chunks
 from hcx.launch.profiles import ClusterProfile
 from hcx.model.config import ModelConfig
-from hcx.model.shapes import pipeline_stage, stage_parameters
+from hcx.model.shapes import stage_parameters
 from hcx.optim import OptimConfig
 
 KEPT_LOGITS = 256 << 20
@@ -25,6 +25,8 @@ ZERO_BUCKET = 500_000_000
 """Elements of DeepSpeed's reduction bucket, its default."""
 ZERO_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps gathered at most, its default."""
+HOST_GB_S = 20.0
+"""What a rank gets of the host's memory and of its link to it, where the optimizer is offloaded: an assumption."""
 HOP_S = 5e-6
 """Time of one hop of a ring whatever its size: an assumption, of the order that NVLink and InfiniBand show."""
 
@@ -68,7 +70,7 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Everything on the accelerator."""
         return self.held.total + self.activations + self.workspace
 
 
@@ -130,6 +132,7 @@ class LayoutCosts:
         self.tp, self.pp, self.dp = layout_sizes(engine, world_size)
         self.size = DTYPE_BYTES[engine.precision]
         sequence_parallel = isinstance(engine, MegatronEngineConfig) and engine.sequence_parallel
+        self.chunks = engine.virtual_pipeline_parallel if isinstance(engine, MegatronEngineConfig) else 1
         self._split = self.tp if sequence_parallel else 1
         self.micro_batches = work.micro_batches(self.dp)
 
@@ -149,8 +152,8 @@ class LayoutCosts:
         return [self.memory(pp_rank) for pp_rank in range(self.pp)]
 
     def _parameters(self, pp_rank: int) -> int:
-        stage = pipeline_stage(self.model, pp_rank, self.pp)
-        return sum(parameter.numel for parameter in stage_parameters(self.model, stage, self.tp))
+        chunks = rank_chunks(self.engine, self.model, self.world_size, pp_rank)
+        return sum(parameter.numel for chunk in chunks for parameter in stage_parameters(self.model, chunk, self.tp))
 
     def _sublayer_elements(self) -> tuple[float, float]:
         """Elements per token that attention and MLP save beside their input in the residual stream."""
@@ -166,17 +169,23 @@ class LayoutCosts:
         return around + attention, around + 4 * inner
 
     def _activations(self, pp_rank: int) -> float:
-        tokens, layers = self.work.micro_batch_tokens, self.model.num_layers // self.pp
+        tokens, layers = self.work.micro_batch_tokens, self.model.num_layers // (self.pp * self.chunks)
         stream = self.model.hidden_size / self._split
         per_layer = 2 * stream if self.engine.activation_checkpointing else 2 * stream + sum(self._sublayer_elements())
-        elements = layers * per_layer
-        last = pp_rank == self.pp - 1
-        if last:
-            # The final norm's input and output.
-            elements += stream + self.model.hidden_size
-        in_flight = min(self.pp - pp_rank, self.micro_batches)
-        logits = self._logits_bytes() if last and self._logits_bytes() <= KEPT_LOGITS else 0
-        return in_flight * (tokens * elements * self.size + logits)
+        kept = self._in_flight(pp_rank) * tokens * layers * per_layer * self.size
+        if pp_rank == self.pp - 1:
+            # The final norm's input and output, of the one micro-batch whose backward comes next.
+            kept += tokens * (stream + self.model.hidden_size) * self.size
+            kept += self._logits_bytes() if self._logits_bytes() <= KEPT_LOGITS else 0
+        return kept
+
+    def _in_flight(self, pp_rank: int) -> int:
+        """Forwards of a chunk whose activations a rank keeps at most: those before its first backward, and one."""
+        first = self.pp - 1 - pp_rank
+        if self.chunks > 1:
+            # Narayanan et al. 2021, figure 4: whole groups of all chunks but the last, and twice the distance.
+            first = 2 * first + (self.chunks - 1) * self.pp
+        return min(first + 1, self.micro_batches * self.chunks)
 
     def _logits_bytes(self) -> float:
         return self.work.micro_batch_tokens * self.model.vocab_size / self.tp * self.size
@@ -241,23 +250,26 @@ class LayoutCosts:
     def _between_stages(self, pp_rank: int) -> float:
         if self.pp == 1:
             return 0.0
-        neighbours = (pp_rank > 0) + (pp_rank < self.pp - 1)
+        # Each chunk sends its output and its input's gradient, but for both ends of the model.
+        sent = 2 * self.chunks - (pp_rank == 0) - (pp_rank == self.pp - 1)
         one = self.work.micro_batch_tokens * self.model.hidden_size * self.size / self._split
         tied = self.model.tie_embeddings and pp_rank in (0, self.pp - 1)
         embedding = self.model.vocab_size / self.tp * self.model.hidden_size * FP32 if tied else 0.0
-        return self.micro_batches * neighbours * one + embedding
+        return self.micro_batches * sent * one + embedding
 
     def flops(self, pp_rank: int) -> float:
         """Operations of a rank for one micro-batch, forward and backward, without recomputation."""
-        model, stage = self.model, pipeline_stage(self.model, pp_rank, self.pp)
+        model, chunks = self.model, rank_chunks(self.engine, self.model, self.world_size, pp_rank)
         multiplied = sum(
             parameter.numel
-            for parameter in stage_parameters(model, stage, self.tp)
+            for chunk in chunks
+            for parameter in stage_parameters(model, chunk, self.tp)
             if parameter.part in ("attention", "mlp", "output")
         )
-        if stage.post and stage.pre and model.tie_embeddings:
+        if self.pp == 1 and model.tie_embeddings:
             multiplied += model.vocab_size // self.tp * model.hidden_size
-        attention = 2 * self.work.seq_len * model.num_heads * model.head_size * len(stage.layers) / self.tp
+        layers = sum(len(chunk.layers) for chunk in chunks)
+        attention = 2 * self.work.seq_len * model.num_heads * model.head_size * layers / self.tp
         return 3.0 * (2 * multiplied + attention) * self.work.micro_batch_tokens
 
     def time(self, profile: ClusterProfile) -> StepTime:
@@ -280,14 +292,15 @@ class LayoutCosts:
         # Masters (or the weights that are masters) and state are read and written, gradients read, weights written.
         masters = held.masters or held.state / 2
         moved = 2 * (masters + held.state) + held.gradients + held.weights
-        waiting = (self.pp - 1) / self.micro_batches
+        # Narayanan et al. 2021, sections 2.2.1 and 2.2.2.
+        waiting = (self.pp - 1) / (self.micro_batches * self.chunks)
         return StepTime(
             compute=compute,
             bubble=waiting * (compute + tensor + pipeline),
             tensor_parallel=tensor,
             pipeline_parallel=pipeline,
             data_parallel=data,
-            optimizer=moved / (gpu.hbm_gb_s * 1e9),
+            optimizer=moved / ((HOST_GB_S if held.host else gpu.hbm_gb_s) * 1e9),
         )
 
     def _bandwidth(self, profile: ClusterProfile, ranks: int, stride: int) -> float:

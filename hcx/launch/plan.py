@@ -125,6 +125,7 @@ def layout_json(layout: Layout) -> dict[str, Any]:
                 "optimizer_state": memory.held.state,
                 "activations": memory.activations,
                 "workspace": memory.workspace,
+                "in_host_memory": memory.held.host,
                 "total": memory.total,
             }
             for memory in layout.memory
@@ -175,6 +176,7 @@ def require_fit(plan: Plan, recipe: TrainRecipe) -> None:
             ("weights", memory.held.weights),
             ("gradients", memory.held.gradients),
             ("optimizer", memory.held.optimizer),
+            *([("less in host memory", memory.held.host)] if memory.held.host else []),
             ("activations", memory.activations),
             ("workspace", memory.workspace),
         )
@@ -260,13 +262,14 @@ def _fitting(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> l
 def _layouts(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> Iterator[Layout]:
     """Every legal layout on `world_size` GPUs whose micro-batches divide the batch."""
     chat = isinstance(recipe.data, ChatSection)
+    seq_len = None if chat else recipe.data.seq_len
     for engine in _engines(recipe, world_size, profile):
-        seq_len = None if chat else recipe.data.seq_len
-        if violations(engine, recipe.model, world_size, seq_len, recipe.optim.kind):
-            continue
         for micro_batch in _micro_batches(recipe):
             replicas = engine.data_parallel or 1
             if not chat and recipe.train.global_batch % (micro_batch * replicas):
+                continue
+            counts = _counts(recipe, micro_batch)
+            if any(violations(engine, recipe.model, world_size, seq_len, recipe.optim.kind, count) for count in counts):
                 continue
             yield _layout(recipe, engine, micro_batch, world_size, profile)
 
@@ -277,6 +280,13 @@ def _micro_batches(recipe: TrainRecipe) -> Sequence[int]:
     if isinstance(recipe.data, ChatSection) or recipe.train.stages:
         return [own]
     return sorted({max(1, own >> shift) for shift in range(own.bit_length())}, reverse=True)
+
+
+def _counts(recipe: TrainRecipe, micro_batch: int) -> list[int]:
+    """Micro-batches of a step over all replicas, in each stage of the run."""
+    if recipe.train.stages:
+        return [stage.global_batch // stage.micro_batch for stage in recipe.stages]
+    return [recipe.train.global_batch // micro_batch]
 
 
 def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> Iterator[AnyEngineConfig]:
@@ -293,7 +303,10 @@ def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> I
         plain = recipe.engine if isinstance(recipe.engine, TorchEngineConfig) else TorchEngineConfig()
         yield plain.model_copy(update={**common, "data_parallel": replicas(world_size)})
         for stage in (0, 1, 2, 3):
-            yield DeepSpeedEngineConfig(**common, data_parallel=replicas(world_size), zero_stage=stage)
+            zero = DeepSpeedEngineConfig(**common, data_parallel=replicas(world_size), zero_stage=stage)
+            yield zero
+            if stage:
+                yield zero.model_copy(update={"offload_optimizer": "cpu"})
         # Tensor parallelism stays within a node.
         for tp in range(1, min(model.kv_heads, profile.gpus_per_node, world_size) + 1):
             for pp in range(1, min(model.num_layers, world_size // tp) + 1):
@@ -301,11 +314,16 @@ def _engines(recipe: TrainRecipe, world_size: int, profile: ClusterProfile) -> I
                     continue
                 dp = world_size // (tp * pp)
                 rows = 1 if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-                yield MegatronEngineConfig(
-                    **common,
-                    tensor_parallel=tp,
-                    pipeline_parallel=pp,
-                    data_parallel=replicas(dp),
-                    sequence_parallel=tp > 1 and rows % tp == 0,
-                    distributed_optimizer=dp > 1 and recipe.optim.kind == "adamw",
-                )
+                blocks = recipe.model.num_layers // pp
+                for chunks in range(1, blocks + 1 if pp > 1 else 2):
+                    if blocks % chunks:
+                        continue
+                    yield MegatronEngineConfig(
+                        **common,
+                        tensor_parallel=tp,
+                        pipeline_parallel=pp,
+                        virtual_pipeline_parallel=chunks,
+                        data_parallel=replicas(dp),
+                        sequence_parallel=tp > 1 and rows % tp == 0,
+                        distributed_optimizer=dp > 1 and recipe.optim.kind == "adamw",
+                    )

@@ -10,6 +10,7 @@ On a machine with CUDA nothing is redirected: the reduced layout runs on its GPU
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -85,9 +86,10 @@ def reduce_recipe(recipe: TrainRecipe) -> Rehearsal:
     sizes = {"data_parallel": recipe.data_parallel}
     if isinstance(engine, MegatronEngineConfig):
         sizes |= {"tensor_parallel": engine.tensor_parallel, "pipeline_parallel": engine.pipeline_parallel}
-    world = 1
+    world = math.prod(min(size, MOST) for size in sizes.values())
+    if isinstance(engine, MegatronEngineConfig):
+        sizes["virtual_pipeline_parallel"] = engine.virtual_pipeline_parallel
     for name, size in sizes.items():
-        world *= min(size, MOST)
         if size > MOST:
             reduced.append(f"engine.{name} {size} -> {MOST}")
     small: AnyEngineConfig = engine.model_copy(
@@ -95,7 +97,8 @@ def reduce_recipe(recipe: TrainRecipe) -> Rehearsal:
     )
     if engine.compile:
         reduced.append("engine.compile true -> false")
-    model, notes = _tiny(recipe.model, min(sizes.get("pipeline_parallel", 1), MOST))
+    depth = ("pipeline_parallel", "virtual_pipeline_parallel")
+    model, notes = _tiny(recipe.model, math.prod(min(sizes.get(name, 1), MOST) for name in depth))
     reduced += notes
     optim = recipe.optim.model_copy(update={"eps": max(recipe.optim.eps, 1e-3), "lr": 1e-2})
     if optim.eps != recipe.optim.eps:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hcx.engine.footprint import AnyEngineConfig, held_bytes, layout_sizes
+from hcx.engine.footprint import AnyEngineConfig, held_bytes, layout_sizes, rank_chunks
 from hcx.errors import LaunchError
 from hcx.model.config import ModelConfig
 from hcx.model.decoder import Decoder
@@ -66,26 +66,28 @@ def check_roles(engine: AnyEngineConfig, model: ModelConfig, optim: OptimConfig,
     held: dict[str, set[_Block]] = {}
     roles = []
     for pp_ranks in _kinds(pp):
-        stage = pipeline_stage(model, pp_ranks[0], pp)
-        planned = stage_parameters(model, stage, tp)
-        for tp_rank in range(tp):
-            decoder = build_stage(model, stage, tp, tp_rank, _dtype(engine))
-            _compare(decoder, planned, pp_ranks[0], tp_rank)
-            if tp_rank in (0, tp - 1):
-                _forward(decoder, stage, model, tp)
-            for name, block in _blocks(decoder):
-                held.setdefault(name, set()).add(block)
+        chunks = rank_chunks(engine, model, world_size, pp_ranks[0])
+        planned = [stage_parameters(model, chunk, tp) for chunk in chunks]
+        for chunk, counted in zip(chunks, planned, strict=True):
+            for tp_rank in range(tp):
+                decoder = build_stage(model, chunk, tp, tp_rank, _dtype(engine))
+                _compare(decoder, counted, pp_ranks[0], tp_rank)
+                if tp_rank in (0, tp - 1):
+                    _forward(decoder, chunk, model, tp)
+                for name, block in _blocks(decoder):
+                    held.setdefault(name, set()).add(block)
         bytes_of_rank = held_bytes(engine, model, optim, world_size, pp_ranks[0])
         roles.append(
             Role(
                 pp_ranks=tuple(pp_ranks),
-                blocks=len(stage.layers),
-                parameters=sum(parameter.numel for parameter in planned),
+                blocks=sum(len(chunk.layers) for chunk in chunks),
+                parameters=sum(parameter.numel for counted in planned for parameter in counted),
                 weights=bytes_of_rank.weights,
                 optimizer=bytes_of_rank.optimizer,
             )
         )
-    _check_cover(held, model, roles, pp)
+    built = [chunk for role in roles for chunk in rank_chunks(engine, model, world_size, role.pp_ranks[0])]
+    _check_cover(held, model, {layer for chunk in built for layer in chunk.layers})
     return roles
 
 
@@ -132,19 +134,18 @@ def _blocks(decoder: Decoder) -> Iterator[tuple[str, _Block]]:
             yield found.name, (found.offset, tuple(found.view(parameters[local]).shape))
 
 
-def _check_cover(held: dict[str, set[_Block]], model: ModelConfig, roles: list[Role], pp: int) -> None:
+def _check_cover(held: dict[str, set[_Block]], model: ModelConfig, layers: set[int]) -> None:
     """Replicas and copies of tied embeddings are one block; the blocks of a tensor together are as large as it."""
-    for name, shape in _canonical(model, [role.pp_ranks[0] for role in roles], pp):
+    for name, shape in _canonical(model, layers):
         count = sum(math.prod(size) for _, size in held.get(name, ()))
         if count != math.prod(shape):
             raise LaunchError(f"{name}: the ranks hold {count} of {math.prod(shape)} elements; please report this")
 
 
-def _canonical(model: ModelConfig, pp_ranks: list[int], pp: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Canonical tensors of the stages that were built."""
-    blocks = {layer for pp_rank in pp_ranks for layer in pipeline_stage(model, pp_rank, pp).layers}
+def _canonical(model: ModelConfig, layers: set[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Canonical tensors of the stages that were built, which hold these layers."""
     for parameter in stage_parameters(model, pipeline_stage(model, 0, 1)):
         for name, shape in zip(parameter.names, parameter.global_shapes, strict=True):
             words = name.split(".")
-            if "layers" not in words or int(words[words.index("layers") + 1]) in blocks:
+            if "layers" not in words or int(words[words.index("layers") + 1]) in layers:
                 yield name, shape

@@ -43,7 +43,7 @@ class LocalParameter:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage of the decoder.
+    """A pipeline stage of the decoder, or one of the chunks that a stage of an interleaved pipeline holds.
 
     Attributes:
         layers: global numbers of its blocks.
@@ -59,6 +59,14 @@ def pipeline_stage(config: ModelConfig, pp_rank: int, pp_size: int) -> Stage:
     """Stage `pp_rank` of `pp_size` stages of equally many blocks."""
     share = config.num_layers // pp_size
     return Stage(range(pp_rank * share, (pp_rank + 1) * share), pp_rank == 0, pp_rank == pp_size - 1)
+
+
+def stage_chunks(config: ModelConfig, pp_rank: int, pp_size: int, chunks: int) -> list[Stage]:
+    """What a rank of an interleaved pipeline holds: every `pp_size`-th stage of one that is `chunks` times as deep.
+
+    One chunk: the stage itself (Narayanan et al. 2021, section 2.2).
+    """
+    return [pipeline_stage(config, chunk * pp_size + pp_rank, chunks * pp_size) for chunk in range(chunks)]
 
 
 def stage_parameters(config: ModelConfig, stage: Stage, tp_size: int = 1) -> list[LocalParameter]:

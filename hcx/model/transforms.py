@@ -22,10 +22,11 @@ EditMaster = Callable[[str, Tensor, dict[str, Tensor]], Tensor | None]
 
 @dataclass(frozen=True)
 class TransformContext:
-    """What `apply` may know: the model's shape and this rank's place."""
+    """What `apply` may know: the model's shape, this rank's place, and how many chunks each pipeline stage holds."""
 
     config: ModelConfig
     topology: Topology
+    chunks: int = 1
     num_micro_batches: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 

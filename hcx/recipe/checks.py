@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hcx.compress.alphatuning import AlphaTuningConfig, tuned_stems
 from hcx.data.token_budget import rounded_up
+from hcx.dropbp import uneven_stages
 from hcx.engine.config import MegatronEngineConfig
 from hcx.engine.legality import explain, violations
 from hcx.errors import ConfigError, HcxError
@@ -66,7 +67,8 @@ def _stages_fit(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
                 f"micro_batch x replicas = {stage.micro_batch} x {unit // max(1, stage.micro_batch)}; set "
                 f"{key}.micro_batch, or take a larger train.global_batch"
             )
-        for problem in violations(recipe.engine, recipe.model, world_size, stage.seq_len):
+        count = _micro_batches(stage.global_batch, stage.micro_batch)
+        for problem in violations(recipe.engine, recipe.model, world_size, stage.seq_len, micro_batches=count):
             yield f"{key}: {problem}"
 
 
@@ -141,15 +143,14 @@ def _adapter_has_a_base(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 def _dropbp_fits(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     if recipe.dropbp is None:
         return
-    pipeline = recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1
-    stages, sublayers = recipe.dropbp.stages or pipeline, recipe.model.num_sublayers
+    engine, pipeline, chunks = recipe.engine, 1, 1
+    if isinstance(engine, MegatronEngineConfig):
+        pipeline, chunks = engine.pipeline_parallel, engine.virtual_pipeline_parallel
+    stages, sublayers = recipe.dropbp.stages or pipeline * chunks, recipe.model.num_sublayers
     if sublayers % stages:
         yield f"dropbp.stages = {stages}: does not divide the model's {sublayers} residual sublayers"
-    elif stages % pipeline:
-        yield (
-            f"dropbp.stages = {stages}: must be a multiple of engine.pipeline_parallel = {pipeline}, so that every "
-            "stage drops equally many sublayers"
-        )
+    elif (problem := uneven_stages(stages, pipeline, chunks)) is not None:
+        yield problem
     if recipe.init_from is None:
         log.warning("dropbp: meant for fine-tuning a trained model; this run starts from random weights")
 
@@ -175,7 +176,14 @@ def _optimizer_runs(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
 
 def _layout_is_legal(recipe: TrainRecipe, world_size: int) -> Iterator[str]:
     seq_len = None if isinstance(recipe.data, ChatSection) else recipe.data.seq_len
-    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind)
+    # Stages of the run have micro-batches of their own, which are checked with them.
+    count = None if recipe.train.stages else _micro_batches(recipe.train.global_batch, recipe.train.micro_batch)
+    yield from explain(recipe.engine, recipe.model, world_size, seq_len, recipe.optim.kind, count)
+
+
+def _micro_batches(global_batch: int, micro_batch: int) -> int | None:
+    """Micro-batches of a step over all replicas; None where the batch does not divide, which is refused elsewhere."""
+    return global_batch // micro_batch if micro_batch > 0 and global_batch % micro_batch == 0 else None
 
 
 CHECKS: dict[str, Check] = {

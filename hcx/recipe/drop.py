@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hcx.compress.alphatuning import tuned_stems
 from hcx.dropbp import DropBP, Trained
-from hcx.engine.config import MegatronEngineConfig
 from hcx.model.adapters import LoRAConfig
 from hcx.model.load import ModelFiles
 from hcx.model.transforms import ModelTransform
@@ -30,14 +29,16 @@ def dropbp_transforms(recipe: TrainRecipe) -> list[ModelTransform]:
     """DropBP as the recipe asks for it, to come after all other transforms; nothing for other runs."""
     if recipe.dropbp is None:
         return []
+    engine = recipe.engine
+    chunks = engine.pipeline_parallel * engine.virtual_pipeline_parallel if engine.kind == "megatron" else 1
     return [
         DropBP(
             recipe.dropbp,
             recipe.model,
             steps=recipe.train.steps,
             seed=recipe.seed,
-            stages=recipe.engine.pipeline_parallel if isinstance(recipe.engine, MegatronEngineConfig) else 1,
+            stages=chunks,
             trained=trained_parts(recipe),
-            checkpointing=recipe.engine.activation_checkpointing,
+            checkpointing=engine.activation_checkpointing,
         )
     ]

@@ -21,7 +21,6 @@ from hcx.dist import rehearsal
 from hcx.engine.base import StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.config import MegatronEngineConfig
-from hcx.model.transforms import FixedDropMask
 from hcx.testing import seam
 from hcx.testing.seam import SeamCase
 
@@ -68,7 +67,7 @@ def run(case: SeamCase, config: RegulariseConfig, quiet: int = PERIOD, total_ste
     if isinstance(case.engine, MegatronEngineConfig):
         rehearsal.enable()
     transform = Regularise(config, case.model, total_steps, lr=lambda _: 0.01, lr_factor=lambda _: 1.0, seed=9)
-    transforms = [transform, FixedDropMask(seam.masks)]
+    transforms = [transform, seam.masks(case.model)]
     engine = build_engine(case.engine, case.model, case.optim, transforms, seam.SeamWeights(case.model, 3), 3)
     place = engine.topology
     share = seam.GLOBAL_BATCH // place.dp_size

@@ -134,10 +134,15 @@ class SwapSources(ModelTransform):
                 part.replace_source(source)
 
 
-def masks(step: int, micro_batch: int) -> tuple[bool, ...]:
-    """Which of the four sublayers are dropped; changes with the step, and between the micro-batches of a replica."""
-    dropped = (step + 2 * (micro_batch % 2)) % 5
-    return tuple(index == dropped for index in range(4))
+def masks(model: ModelConfig) -> FixedDropMask:
+    """Drops one sublayer or none; changes with the step, and between the micro-batches of a replica."""
+    count = model.num_sublayers
+
+    def mask(step: int, micro_batch: int) -> tuple[bool, ...]:
+        dropped = (step + 2 * (micro_batch % 2)) % (count + 1)
+        return tuple(index == dropped for index in range(count))
+
+    return FixedDropMask(mask)
 
 
 class WeightedNextToken:
@@ -181,7 +186,7 @@ def start(case: SeamCase, seed: int = 3) -> Engine:
     """The engine of this rank."""
     if isinstance(case.engine, MegatronEngineConfig):
         rehearsal.enable()
-    transforms: list[ModelTransform] = [FixedDropMask(masks)]
+    transforms: list[ModelTransform] = [masks(case.model)]
     if case.lora:
         transforms.insert(0, SwapSources(case.lora_stems, case.freeze))
     return build_engine(case.engine, case.model, case.optim, transforms, SeamWeights(case.model, seed), seed)

@@ -61,6 +61,7 @@ class Case:
     adapter: LoRAConfig | None = None
     steps: int = STEPS
     probe: bool = False
+    stages: int = STAGES
 
     @property
     def ranks(self) -> int:
@@ -92,7 +93,7 @@ def course(case: Case, replicas: int = 1) -> Course:
     if isinstance(case.engine, MegatronEngineConfig):
         rehearsal.enable()
     config = DropBPConfig(
-        rate=case.rate, stages=STAGES, allocation="sensitivity" if case.probe else "uniform", probe_at=0.5
+        rate=case.rate, stages=case.stages, allocation="sensitivity" if case.probe else "uniform", probe_at=0.5
     )
     trained = Trained() if case.adapter is None else Trained.updates(case.adapter, MODEL)
     dropbp = OfReplicas(config, MODEL, steps=case.steps, seed=6, trained=trained)
@@ -127,8 +128,8 @@ def course(case: Case, replicas: int = 1) -> Course:
 
 
 @cache
-def one_process(rate: float, adapter: LoRAConfig | None, replicas: int, probe: bool, steps: int) -> Course:
-    return course(Case(TorchEngineConfig(), rate, adapter, steps, probe), replicas)
+def one_process(case: Case, replicas: int) -> Course:
+    return course(case, replicas)
 
 
 LAYOUTS: dict[str, AnyEngine] = {
@@ -136,6 +137,9 @@ LAYOUTS: dict[str, AnyEngine] = {
     "zero1": DeepSpeedEngineConfig(data_parallel=2, zero_stage=1),
     "zero2": DeepSpeedEngineConfig(data_parallel=2, zero_stage=2),
     "zero3": DeepSpeedEngineConfig(data_parallel=2, zero_stage=3),
+    "zero1-offload": DeepSpeedEngineConfig(data_parallel=2, zero_stage=1, offload_optimizer="cpu"),
+    "zero2-offload": DeepSpeedEngineConfig(data_parallel=2, zero_stage=2, offload_optimizer="cpu"),
+    "zero3-offload": DeepSpeedEngineConfig(data_parallel=2, zero_stage=3, offload_optimizer="cpu"),
     "megatron-dp2": MegatronEngineConfig(data_parallel=2),
     "megatron-dp2-distopt": MegatronEngineConfig(data_parallel=2, distributed_optimizer=True),
     "tp2": MegatronEngineConfig(tensor_parallel=2),
@@ -167,7 +171,7 @@ def assert_same(found: list[Course], expected: Course) -> None:
 
 
 def compare(pool: WorkerPool, case: Case) -> None:
-    expected = one_process(case.rate, case.adapter, case.engine.data_parallel or 1, case.probe, case.steps)
+    expected = one_process(dataclasses.replace(case, engine=TorchEngineConfig()), case.engine.data_parallel or 1)
     found = pool.run(course, case.ranks, case, timeout_s=600)
     assert_same(found, expected)
     if case.probe:
@@ -193,6 +197,12 @@ def test_every_layout_measures_the_same_sensitivities_and_goes_on_with_the_same_
     compare(pool, Case(LAYOUTS[layout], 0.5, steps=8, probe=True))
 
 
+def test_chunks_of_an_interleaved_pipeline_each_drop_equally_and_are_probed(pool: WorkerPool) -> None:
+    # The probe's single micro-batch is filled up to a group; dropped sublayers are not computed again.
+    engine = MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2, activation_checkpointing=True)
+    compare(pool, Case(engine, 0.5, steps=6, stages=4, probe=True))
+
+
 def test_the_masks_of_the_course_change_and_drop_equally_many_in_both_stages() -> None:
     for rate in RATES:
         dropbp = DropBP(DropBPConfig(rate=rate, stages=STAGES), MODEL, steps=STEPS, seed=6)
@@ -216,4 +226,7 @@ def refused(engine: AnyEngine) -> str:
 
 def test_masks_that_do_not_respect_pipeline_stages_are_refused(pool: WorkerPool) -> None:
     for message in pool.run(refused, 2, LAYOUTS["pp2"]):
-        assert "dropbp.stages = 1: must be a multiple of engine.pipeline_parallel = 2" in message
+        assert "dropbp.stages = 1: must be a multiple of engine.pipeline_parallel = 2, so that" in message
+    interleaved = MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2)
+    for message in pool.run(refused, 2, interleaved):
+        assert "engine.pipeline_parallel = 2 x virtual_pipeline_parallel = 2, so that" in message

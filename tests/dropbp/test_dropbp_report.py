@@ -91,7 +91,11 @@ def test_sensitivities_that_are_no_numbers_are_not_drawn() -> None:
         ("dropbp.stages=3", r"dropbp.stages = 3: does not divide the model's 4 residual sublayers"),
         (
             "engine={kind: megatron, pipeline_parallel: 2}",
-            r"dropbp.stages = 1: must be a multiple of engine.pipeline_parallel = 2",
+            r"dropbp.stages = 1: must be a multiple of engine.pipeline_parallel = 2, so that",
+        ),
+        (
+            "engine={kind: megatron, pipeline_parallel: 2, virtual_pipeline_parallel: 2}",
+            r"dropbp.stages = 1: must be a multiple of engine.pipeline_parallel = 2 x virtual_pipeline_parallel = 2",
         ),
     ],
 )

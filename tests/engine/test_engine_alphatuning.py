@@ -14,7 +14,6 @@ from hcx.engine.base import StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
 from hcx.model.load import ModelFiles
-from hcx.model.transforms import FixedDropMask
 from hcx.model.weights import TensorWeights
 from hcx.optim import OptimConfig
 from hcx.testing import seam
@@ -54,7 +53,7 @@ def run(engine_config: object, base: str, train: str) -> tuple[list[float], dict
         rehearsal.enable()
     with ModelFiles(base) as files:
         config = AlphaTuningConfig(train=train)  # type: ignore[arg-type]
-        transforms = [AlphaTuning(config, base), FixedDropMask(seam.masks)]
+        transforms = [AlphaTuning(config, base), seam.masks(files.config)]
         weights = TensorWeights(files.weight, base)
         engine = build_engine(engine_config, files.config, OPTIM, transforms, weights, 0)  # type: ignore[arg-type]
         before = {name: tensor.clone() for name, tensor in engine.export_state()}

@@ -11,7 +11,6 @@ from hcx.dist import rehearsal
 from hcx.engine.base import StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
-from hcx.model.transforms import FixedDropMask
 from hcx.optim import OptimConfig
 from hcx.testing import seam
 from hcx.testing.tiny import tiny_config
@@ -45,7 +44,7 @@ def run(engine_config: object, config: FlexorConfig) -> tuple[list[float], dict[
     if isinstance(engine_config, MegatronEngineConfig):
         rehearsal.enable()
     flexor = Flexor(config, seed=3, warmup_steps=2)
-    transforms = [flexor, FixedDropMask(seam.masks)]
+    transforms = [flexor, seam.masks(MODEL)]
     engine = build_engine(engine_config, MODEL, OPTIM, transforms, seam.SeamWeights(MODEL, 3), 0)  # type: ignore[arg-type]
     place = engine.topology
     share = seam.GLOBAL_BATCH // place.dp_size

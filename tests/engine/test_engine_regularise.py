@@ -12,6 +12,7 @@ from hcx.compress.regularise.config import BCQRule, NoiseRule, PruneRule
 from hcx.engine.base import StepBatch
 from hcx.engine.build import build_engine
 from hcx.engine.config import DeepSpeedEngineConfig, MegatronEngineConfig, TorchEngineConfig
+from hcx.model.config import ModelConfig
 from hcx.testing import regularised, seam
 from hcx.testing.regularised import EVERY_RULE, PERIOD, STEPS, RegularisedResult
 from hcx.testing.seam import SeamCase
@@ -30,29 +31,33 @@ LAYOUTS = {
     "zero3": DeepSpeedEngineConfig(zero_stage=3),
     "tp2": MegatronEngineConfig(tensor_parallel=2),
     "pp2": MegatronEngineConfig(pipeline_parallel=2),
+    "pp2-vp2": MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2),
     "dp2-distopt": MegatronEngineConfig(distributed_optimizer=True),
 }
 LATER = ("zero1", "zero2", "dp2-distopt")
 """Layouts whose test belongs to make test-long: others go the same way."""
 MODEL = tiny_config(tie_embeddings=True)
+DEEP = tiny_config(tie_embeddings=True, num_layers=4)
+"""For the layout whose stages hold two chunks each."""
 
 
-def case(engine: object | None = None) -> SeamCase:
-    base = SeamCase(TorchEngineConfig(), MODEL, lora=False, probe=False)
+def case(engine: object | None = None, model: ModelConfig = MODEL) -> SeamCase:
+    base = SeamCase(TorchEngineConfig(), model, lora=False, probe=False)
     return base if engine is None else base.on(engine)  # type: ignore[arg-type]
 
 
 @cache
-def reference() -> RegularisedResult:
-    return regularised.run(case(), EVERY_RULE)
+def reference(model: ModelConfig = MODEL) -> RegularisedResult:
+    return regularised.run(case(model=model), EVERY_RULE)
 
 
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in LATER else []) for name in LAYOUTS]
 )
 def test_events_on_any_layout_equal_those_of_one_process(pool: WorkerPool, layout: str) -> None:
-    expected = reference()
-    found = pool.run(regularised.run, 2, case(LAYOUTS[layout]), EVERY_RULE)
+    model = DEEP if layout == "pp2-vp2" else MODEL
+    expected = reference(model)
+    found = pool.run(regularised.run, 2, case(LAYOUTS[layout], model), EVERY_RULE)
     for result in found:
         # On untouched weights bit for bit, whatever was gathered and scattered.
         for name, weight in expected.weights[PERIOD].items():

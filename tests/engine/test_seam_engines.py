@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 CLIP = 0.5
 TWO_RANKS = {
     "pp2": MegatronEngineConfig(pipeline_parallel=2),
+    "pp2-vp2": MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2),
     "tp2": MegatronEngineConfig(tensor_parallel=2),
     "zero3": DeepSpeedEngineConfig(zero_stage=3),
     "tp2-sp": MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True),
@@ -32,6 +33,9 @@ TWO_RANKS = {
     "zero0": DeepSpeedEngineConfig(zero_stage=0),
     "zero1": DeepSpeedEngineConfig(zero_stage=1),
     "zero2": DeepSpeedEngineConfig(zero_stage=2),
+    "zero1-offload": DeepSpeedEngineConfig(zero_stage=1, offload_optimizer="cpu"),
+    "zero2-offload": DeepSpeedEngineConfig(zero_stage=2, offload_optimizer="cpu"),
+    "zero3-offload": DeepSpeedEngineConfig(zero_stage=3, offload_optimizer="cpu"),
     "ddp2": TorchEngineConfig(),
 }
 MODELS = {
@@ -40,8 +44,15 @@ MODELS = {
     "hyperclovax": tiny_config("hyperclovax"),
     "hyperclovax-tied": tiny_config("hyperclovax", tie_embeddings=True),
 }
-PROVED = ("pp2", "tp2", "zero3")
+MODELS |= {f"{name}-deep": model.model_copy(update={"num_layers": 4}) for name, model in MODELS.items()}
+SHALLOW = [name for name in MODELS if not name.endswith("-deep")]
+PROVED = ("pp2", "pp2-vp2", "tp2", "zero3")
 """The layouts of the seam proof: every model on each; the others run one model."""
+
+
+def suited(layout: str, model: str) -> str:
+    """The model, with a block for every chunk of an interleaved pipeline."""
+    return f"{model}-deep" if layout == "pp2-vp2" else model
 
 
 def reference_case(model: str, **changes: object) -> SeamCase:
@@ -122,9 +133,10 @@ def test_probing_and_scoring_disturb_nothing_in_one_process() -> None:
     assert_same_course(reference("llama"), undisturbed("llama"))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SHALLOW)
 @pytest.mark.parametrize("layout", PROVED)
 def test_two_ranks_equal_one_process(pool: WorkerPool, layout: str, model: str) -> None:
+    model = suited(layout, model)
     found = pool.run(seam.run, 2, reference_case(model).on(TWO_RANKS[layout]))
     for result in found:
         assert_same_course(result, undisturbed(model))
@@ -154,7 +166,7 @@ def first_gradients(case: SeamCase) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", TWO_RANKS)
 def test_gradients_of_any_split_over_ranks_equal_one_process_to_a_millionth(pool: WorkerPool, layout: str) -> None:
-    model = tiny_config("hyperclovax", tie_embeddings=True, initializer_range=0.05)
+    model = MODELS[suited(layout, "hyperclovax-tied")].model_copy(update={"initializer_range": 0.05})
     case = SeamCase(TorchEngineConfig(), model)
     expected = first_gradients(case)
     size = math.hypot(*(float(gradient.norm()) for gradient in expected.values()))
@@ -164,11 +176,11 @@ def test_gradients_of_any_split_over_ranks_equal_one_process_to_a_millionth(pool
         assert error < 1e-6 * size
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2", "zero3"])
+@pytest.mark.parametrize("layout", PROVED)
 def test_activation_checkpointing_changes_nothing(pool: WorkerPool, layout: str) -> None:
-    engine = TWO_RANKS[layout].model_copy(update={"activation_checkpointing": True})
-    for result in pool.run(seam.run, 2, reference_case("llama", probe=False).on(engine)):
-        assert_same_course(result, undisturbed("llama"))
+    engine, model = TWO_RANKS[layout].model_copy(update={"activation_checkpointing": True}), suited(layout, "llama")
+    for result in pool.run(seam.run, 2, reference_case(model, probe=False).on(engine)):
+        assert_same_course(result, undisturbed(model))
 
 
 @pytest.mark.parametrize("stems", [seam.LORA_STEMS, seam.LORA_STEMS[1:]], ids=["both-stages", "last-stage-only"])
@@ -176,7 +188,7 @@ def test_activation_checkpointing_changes_nothing(pool: WorkerPool, layout: str)
 def test_training_only_low_rank_updates_equals_one_process(
     pool: WorkerPool, layout: str, stems: tuple[str, ...]
 ) -> None:
-    case = reference_case("llama-tied", freeze=True, lora_stems=stems)
+    case = reference_case(suited(layout, "llama-tied"), freeze=True, lora_stems=stems)
     expected = seam.run(case)
     moved = [name for name, gradient in expected.gradients.items() if gradient.abs().max() > 0]
     assert sorted(moved) == sorted(f"{stem}.lora_{factor}.weight" for stem in stems for factor in "AB")
@@ -186,10 +198,10 @@ def test_training_only_low_rank_updates_equals_one_process(
     assert_same_probe(found, expected)
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2", "zero1", "zero3"])
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vp2", "tp2", "zero1", "zero3"])
 def test_sgd_with_momentum_equals_one_process(pool: WorkerPool, layout: str) -> None:
     optim = OptimConfig(kind="sgd", lr=0.05, momentum=0.9, weight_decay=0.01)
-    case = reference_case("llama", optim=optim, probe=False)
+    case = reference_case(suited(layout, "llama"), optim=optim, probe=False)
     expected = seam.run(case)
     assert {key for _, state in expected.edits.values() for key in state} == {"momentum_buffer"}
     for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
@@ -200,8 +212,8 @@ def test_sgd_with_momentum_equals_one_process(pool: WorkerPool, layout: str) -> 
 def test_a_checkpoint_of_any_layout_is_that_of_one_process_and_goes_on_there(
     pool: WorkerPool, layout: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    model = "llama-tied"
-    whole = CheckpointReader(reference_checkpoint(model, tmp_path_factory.getbasetemp() / "reference"))
+    model = suited(layout, "llama-tied")
+    whole = CheckpointReader(reference_checkpoint(model, tmp_path_factory.getbasetemp() / model))
     pool.run(seam.run, 2, reference_case(model, probe=False).on(TWO_RANKS[layout]), str(tmp_path))
     written = CheckpointReader(tmp_path / "step-000002")
     assert sorted(written.names()) == sorted(whole.names())
@@ -217,8 +229,8 @@ def test_a_checkpoint_of_any_layout_is_that_of_one_process_and_goes_on_there(
 def test_a_checkpoint_of_one_process_goes_on_in_any_layout(
     pool: WorkerPool, layout: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    model = "llama-tied"
-    directory = reference_checkpoint(model, tmp_path_factory.getbasetemp() / "reference")
+    model = suited(layout, "llama-tied")
+    directory = reference_checkpoint(model, tmp_path_factory.getbasetemp() / model)
     for result in pool.run(seam.run, 2, reference_case(model, probe=False).on(TWO_RANKS[layout]), None, str(directory)):
         assert_same_course(result, undisturbed(model))
 
@@ -245,15 +257,19 @@ def skipped_steps(case: SeamCase) -> tuple[list[bool], float, float]:
 
 @pytest.mark.parametrize("layout", TWO_RANKS)
 def test_a_step_without_weight_or_with_an_infinite_norm_changes_nothing(pool: WorkerPool, layout: str) -> None:
-    for skipped, still, moved in pool.run(skipped_steps, 2, reference_case("llama").on(TWO_RANKS[layout])):
+    case = reference_case(suited(layout, "llama")).on(TWO_RANKS[layout])
+    for skipped, still, moved in pool.run(skipped_steps, 2, case):
         assert skipped == [True, True, False]
         assert still == 0.0
         assert moved > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2-distopt", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "layout", ["pp2", "pp2-vp2", "tp2", "dp2-distopt", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+)
 def test_bf16_starts_from_exact_masters_and_stays_near_one_process(pool: WorkerPool, layout: str) -> None:
-    case = SeamCase(TorchEngineConfig(clip_grad_norm=CLIP, precision="bf16"), MODELS["hyperclovax-tied"], lora=False)
+    model = MODELS[suited(layout, "hyperclovax-tied")]
+    case = SeamCase(TorchEngineConfig(clip_grad_norm=CLIP, precision="bf16"), model, lora=False)
     expected = seam.run(case)
     for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
         assert result.losses == pytest.approx(expected.losses, abs=0.02)
@@ -289,9 +305,9 @@ CLIP_GROUPS = OptimConfig(
 )
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2", "dp2-distopt", "zero0"])
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vp2", "tp2", "dp2-distopt", "zero0"])
 def test_clip_groups_are_clipped_by_their_own_norms(pool: WorkerPool, layout: str) -> None:
-    case = reference_case("llama", optim=CLIP_GROUPS, probe=False)
+    case = reference_case(suited(layout, "llama"), optim=CLIP_GROUPS, probe=False)
     expected = seam.run(case)
     for result in pool.run(seam.run, 2, case.on(TWO_RANKS[layout])):
         assert_same_course(result, expected)
@@ -353,13 +369,52 @@ def test_a_single_process_is_a_legal_layout(
         MegatronEngineConfig(tensor_parallel=2, pipeline_parallel=2),
         MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True, distributed_optimizer=True),
         MegatronEngineConfig(pipeline_parallel=2, distributed_optimizer=True),
+        MegatronEngineConfig(
+            tensor_parallel=2, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True
+        ),
+        MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2, distributed_optimizer=True),
     ],
-    ids=["tp2-pp2", "tp2-sp-dp2-distopt", "pp2-dp2-distopt"],
+    ids=["tp2-pp2", "tp2-sp-dp2-distopt", "pp2-dp2-distopt", "tp2-sp-pp2-vp2", "pp2-vp2-dp2-distopt"],
 )
 def test_four_ranks_equal_one_process(pool: WorkerPool, engine: MegatronEngineConfig, tmp_path: Path) -> None:
-    found = pool.run(seam.run, 4, reference_case("hyperclovax-tied").on(engine), str(tmp_path))
+    model = "hyperclovax-tied" if engine.virtual_pipeline_parallel == 1 else "hyperclovax-tied-deep"
+    found = pool.run(seam.run, 4, reference_case(model).on(engine), str(tmp_path))
     for result in found:
-        assert_same_course(result, undisturbed("hyperclovax-tied"))
-    assert_same_probe(found, reference("hyperclovax-tied"))
-    continued = seam.run(reference_case("hyperclovax-tied", probe=False), None, str(tmp_path / "step-000002"))
-    assert_same_course(continued, undisturbed("hyperclovax-tied"))
+        assert_same_course(result, undisturbed(model))
+    assert_same_probe(found, reference(model))
+    continued = seam.run(reference_case(model, probe=False), None, str(tmp_path / "step-000002"))
+    assert_same_course(continued, undisturbed(model))
+
+
+def odd_probes(case: SeamCase, count: int) -> tuple[float, dict[str, torch.Tensor], list[torch.Tensor], str]:
+    """Mean loss, gradients and scores of `count` micro-batches; and what a training step of them says."""
+    engine = seam.start(case)
+    rows = seam.global_batch(case.model, 0)[:count]
+    gradients: dict[str, torch.Tensor] = {}
+    loss = engine.gradients(
+        StepBatch(0, rows), seam.WeightedNextToken(), lambda name, grad: gradients.update({name: grad.clone()})
+    )
+    scores = engine.score(rows, seam.scored)
+    try:
+        engine.train_step(StepBatch(0, rows), seam.WeightedNextToken(), 1.0)
+        said = "accepted"
+    except ConfigError as error:
+        said = str(error)
+    engine.close()
+    return loss, gradients, scores, said
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_interleaved_probes_and_scores_take_any_number_of_micro_batches_and_steps_whole_groups(
+    pool: WorkerPool, count: int
+) -> None:
+    case = reference_case("llama-deep")
+    loss, gradients, scores, _ = odd_probes(case, count)
+    for found in pool.run(odd_probes, 2, case.on(TWO_RANKS["pp2-vp2"]), count):
+        assert found[0] == pytest.approx(loss, rel=TOLERANCE)
+        assert_same_tensors(found[1], gradients)
+        assert len(found[2]) == count
+        for score, other in zip(found[2], scores, strict=True):
+            torch.testing.assert_close(score, other, rtol=TOLERANCE, atol=TOLERANCE)
+        assert f"groups of pipeline_parallel = 2, and a step has {count} on each replica" in found[3]
+        assert "engine.virtual_pipeline_parallel=1" in found[3].splitlines()[-1]

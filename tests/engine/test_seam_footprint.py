@@ -18,11 +18,12 @@ from hcx.testing.workers import WorkerPool
 ODD = {"hidden_size": 17, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "intermediate_size": 33, "vocab_size": 97}
 """Nothing divides anything: every padding shows."""
 RULES = OptimConfig(rules=(GroupRule(pattern="*embed_tokens*", lr_mult=0.5), GroupRule(pattern="*norm*", lr_mult=2.0)))
-EVEN = tiny_config("hyperclovax", vocab_size=390)
+EVEN = tiny_config("hyperclovax", vocab_size=390, num_layers=4)
 
 REPLICAS: list[AnyEngineConfig] = [
     TorchEngineConfig(),
     *(DeepSpeedEngineConfig(zero_stage=stage) for stage in (0, 1, 2, 3)),
+    *(DeepSpeedEngineConfig(zero_stage=stage, offload_optimizer="cpu") for stage in (1, 2, 3)),
     MegatronEngineConfig(),
     MegatronEngineConfig(distributed_optimizer=True),
 ]
@@ -31,6 +32,8 @@ SPLIT: list[AnyEngineConfig] = [
     MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True, distributed_optimizer=True),
     MegatronEngineConfig(pipeline_parallel=2),
     MegatronEngineConfig(pipeline_parallel=2, distributed_optimizer=True),
+    MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2),
+    MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2, distributed_optimizer=True),
 ]
 BUFFERED = ("torch", "megatron", 3)
 """Engines that keep gradients in a buffer of their own: that is counted exactly too."""
@@ -98,6 +101,5 @@ def test_more_replicas_and_all_axes_at_once(pool: WorkerPool, world_size: int) -
         both = {"tensor_parallel": 2, "distributed_optimizer": True}
         grid = [MegatronEngineConfig(**both), MegatronEngineConfig(**both, pipeline_parallel=2)]
         tied = EVEN.model_copy(update={"tie_embeddings": True})
-        check(
-            pool, 4, cases([*grid, MegatronEngineConfig(pipeline_parallel=2, distributed_optimizer=True)], tied, RULES)
-        )
+        grid += SPLIT[-3::2]
+        check(pool, 4, cases(grid, tied, RULES))

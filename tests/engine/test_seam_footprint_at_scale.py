@@ -73,9 +73,9 @@ def build_on_meta(name: str, rank: int, world_size: int) -> dict[str, Any]:
         tied = mark_tied(decoder, place)
         shapes = {block.name: block.global_shape for found in blocks.values() for block in found}
         groups = parameter_groups(shapes, optim)
-        chunk = wrap(StageChunk(library_config(engine, model), decoder, place, tied), engine)
+        chunk = wrap(StageChunk(library_config(engine, model), decoder, tied), engine)
         members = local_groups(blocks, groups, frozenset(shapes))
-        _, inner = build_optimizer(chunk, parameters, members, len(groups), optim, engine)
+        _, inner = build_optimizer([chunk], parameters, members, len(groups), optim, engine)
         layout: Any = None
         masters = MegatronMasters(parameters, inner, layout, state_keys(groups[0], optim))
         gradients = [parameter.main_grad for parameter in parameters.values()]

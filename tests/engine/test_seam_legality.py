@@ -45,6 +45,44 @@ def test_more_stages_than_blocks_are_refused() -> None:
     assert found.nearest == 6
 
 
+def interleaved(chunks: int, pp: int = 2, **options: int) -> MegatronEngineConfig:
+    return MegatronEngineConfig(pipeline_parallel=pp, virtual_pipeline_parallel=chunks, **options)
+
+
+@pytest.mark.parametrize(("pp", "chunks", "micro_batches"), [(2, 3, 4), (3, 2, 3), (2, 3, None), (1, 1, 3)])
+def test_chunks_of_whole_blocks_and_groups_of_micro_batches_are_legal(
+    pp: int, chunks: int, micro_batches: int | None
+) -> None:
+    assert violations(interleaved(chunks, pp), MODEL, pp, micro_batches=micro_batches) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason", "nearest"),
+    [
+        (interleaved(0), "at least 1", 1),
+        (interleaved(3, pp=1), "pipeline_parallel is 1", 1),
+        (interleaved(2), "does not divide the 3 of a stage", 1),
+        (interleaved(4), "does not divide the 3 of a stage", 3),
+    ],
+)
+def test_an_interleaved_pipeline_that_the_blocks_do_not_allow_is_refused(
+    engine: MegatronEngineConfig, reason: str, nearest: int
+) -> None:
+    (found,) = violations(engine, MODEL, engine.pipeline_parallel)
+    assert found.key == "engine.virtual_pipeline_parallel"
+    assert reason in found.reason
+    assert found.nearest == nearest
+
+
+def test_an_interleaved_pipeline_needs_whole_groups_of_micro_batches_on_each_replica() -> None:
+    engine = interleaved(3, data_parallel=2)
+    assert violations(engine, MODEL, 4, micro_batches=8) == []
+    (found,) = violations(engine, MODEL, 4, micro_batches=6)
+    assert "groups of pipeline_parallel = 2, and a step has 3 on each replica" in found.reason
+    with pytest.raises(ConfigError, match=r"on 4 processes: engine\.virtual_pipeline_parallel=1$"):
+        require_legal(engine, MODEL, 4, micro_batches=6)
+
+
 def test_a_number_of_processes_that_the_layout_cannot_use_is_refused() -> None:
     (found,) = violations(MegatronEngineConfig(tensor_parallel=2, pipeline_parallel=2), MODEL, 6)
     assert "start a multiple of 4" in found.reason
@@ -72,6 +110,12 @@ def test_skipping_missing_gradients_is_refused_where_gradients_live_in_flat_buff
     (found,) = violations(engine, MODEL, 1)
     assert found.nearest == "zero"
     assert violations(TorchEngineConfig(missing_gradients="skip"), MODEL, 1) == []
+
+
+def test_stage_0_has_nothing_to_offload() -> None:
+    (found,) = violations(DeepSpeedEngineConfig(zero_stage=0, offload_optimizer="cpu"), MODEL, 2)
+    assert (found.key, found.nearest) == ("engine.offload_optimizer", "none")
+    assert violations(DeepSpeedEngineConfig(zero_stage=1, offload_optimizer="cpu"), MODEL, 2) == []
 
 
 def test_every_broken_rule_is_reported_at_once() -> None:

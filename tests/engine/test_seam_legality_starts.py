@@ -27,6 +27,7 @@ MODELS = {
     "one key head": tiny_config(num_kv_heads=1),
     "odd vocabulary": tiny_config(vocab_size=97),
     "odd width": tiny_config(intermediate_size=33),
+    "four blocks": tiny_config(num_layers=4),
 }
 OPTIMIZERS = {
     "adamw": OptimConfig(lr=1e-2, eps=1e-3),
@@ -56,17 +57,29 @@ def engines(world_size: int, every_flag: bool) -> list[AnyEngineConfig]:
     return found
 
 
+def interleaved(world_size: int) -> list[AnyEngineConfig]:
+    """Layouts of several chunks per stage."""
+    sizes = [size for size in (1, 2, 4) if size <= 2 * world_size]
+    return [
+        MegatronEngineConfig(pipeline_parallel=pp, virtual_pipeline_parallel=chunks)
+        for pp, chunks in itertools.product(sizes, (2, 3))
+    ]
+
+
 def combinations(world_size: int, every_flag: bool = False) -> list[tuple[str, str, AnyEngineConfig]]:
     """(model, optimizer, engine): all models with adamw, all optimizers with the even model."""
-    pairs = [(model, "adamw") for model in MODELS] + [("even", "sgd"), ("even", "muon")]
+    others = [model for model in MODELS if model != "four blocks"]
+    pairs = [(model, "adamw") for model in others] + [("even", "sgd"), ("even", "muon")]
     flags = {pair: every_flag or pair == ("even", "adamw") for pair in pairs}
     found = [(*pair, engine) for pair in pairs for engine in engines(world_size, flags[pair])]
+    chunks: list[tuple[str, str, AnyEngineConfig]]
+    chunks = [("four blocks", "adamw", engine) for engine in interleaved(world_size)]
     if every_flag:
-        return found
+        return found + chunks
     # The shortest list that tries every rule: what divides is asked of plain layouts, flags of the even model.
     plain = [c for c in found if c[0] != "even" and not getattr(c[2], "sequence_parallel", False)]
     plain = [c for c in plain if c[2].kind == "megatron" and not c[2].distributed_optimizer]
-    return [c for c in found if c[0] == "even" and (c[1] == "adamw" or c[2].kind != "torch")] + plain
+    return [c for c in found if c[0] == "even" and (c[1] == "adamw" or c[2].kind != "torch")] + plain + chunks
 
 
 def losses(model: ModelConfig, optim: OptimConfig, engine: AnyEngineConfig) -> list[float]:

@@ -34,6 +34,7 @@ TWO_RANKS: dict[str, AnyEngineConfig] = {
     "tp2": MegatronEngineConfig(tensor_parallel=2),
     "tp2-sp": MegatronEngineConfig(tensor_parallel=2, sequence_parallel=True),
     "pp2": MegatronEngineConfig(pipeline_parallel=2),
+    "pp2-vp2": MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2),
 }
 REPLICAS = ("ddp2", "zero0", "zero1", "zero2", "zero3", "dp2", "dp2-distopt")
 """Layouts that run on any number of processes."""
@@ -47,7 +48,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TrainRecipe:
     recipe = TrainRecipe(
         name="reshard",
         out=str(directory / "one"),
-        model=tiny_config(vocab_size=512, tie_embeddings=True, initializer_range=0.02),
+        # A block for every chunk of the interleaved pipeline.
+        model=tiny_config(vocab_size=512, num_layers=4, tie_embeddings=True, initializer_range=0.02),
         data=DataSection(shards=str(directory / "text" / "shards"), seq_len=32),
         train=TrainerConfig(steps=STEPS, global_batch=4, micro_batch=1, validate_every=0),
         # A large eps: with 1e-8, gradients at rounding level become updates of full size.
@@ -115,6 +117,7 @@ def chain(pool: WorkerPool, undisturbed: TrainRecipe, name: str, legs: list[tupl
         # Started by no launcher: the library's own variables are not there.
         ("dp2-distopt", DeepSpeedEngineConfig(zero_stage=2), "zero1"),
         ("tp2-sp", TorchEngineConfig(), "ddp2"),
+        ("pp2-vp2", TorchEngineConfig(), "pp2-vp2"),
     ],
 )
 def test_a_run_goes_on_alone_and_then_on_another_engine(

@@ -53,9 +53,13 @@ def test_ranked_layouts_are_legal_sorted_and_hold_the_recipes_own(name: str) -> 
     assert times == sorted(times)
     assert recipe.engine in [layout.engine for layout in plan.ranked]
     for layout in plan.ranked:
-        assert violations(layout.engine, recipe.model, layout.world_size, recipe.data.seq_len) == []
+        count = recipe.train.global_batch // layout.micro_batch
+        known = (recipe.model, layout.world_size, recipe.data.seq_len, "adamw", count)
+        assert violations(layout.engine, *known) == []
         assert layout.fullest.total <= plan.profile.usable_bytes
         assert recipe.train.global_batch % (layout.micro_batch * (layout.engine.data_parallel or 1)) == 0
+    chunks = {getattr(layout.engine, "virtual_pipeline_parallel", 1) for layout in plan.ranked}
+    assert chunks > {1, 2} if name == "70b" else chunks >= {1}
 
 
 def test_the_70b_needs_its_parallelism_and_no_replica_holds_it() -> None:
@@ -101,6 +105,12 @@ def test_an_illegal_layout_is_refused_with_the_nearest_legal_one() -> None:
     assert "engine.tensor_parallel = 3: does not divide model.num_kv_heads = 8" in message
     near = message.splitlines()[-1].split(": ")[1].split(" ")
     make_plan(shipped("70b", "engine.tensor_parallel=3", *near, "train.global_batch=1536"), load_profile("h100"))
+
+
+def test_an_interleaved_recipe_needs_whole_groups_of_micro_batches() -> None:
+    recipe = shipped("70b", "engine.virtual_pipeline_parallel=5", "train.global_batch=96")
+    with pytest.raises(ConfigError, match="groups of pipeline_parallel = 4, and a step has 6 on each replica"):
+        make_plan(recipe, load_profile("h100"))
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4)])
@@ -206,6 +216,33 @@ def test_a_pipeline_waits_as_long_as_its_stages_fill() -> None:
     assert time.bubble / (time.compute + time.pipeline_parallel) == pytest.approx(3 / 8)
 
 
+INTERLEAVED = MegatronEngineConfig(pipeline_parallel=2, virtual_pipeline_parallel=2)
+
+
+def test_an_interleaved_pipeline_waits_less_and_sends_more() -> None:
+    # Narayanan et al. 2021, section 2.2.2: with v chunks the bubble is (p - 1) / (v m), and v times as much is sent.
+    costs, sent = communicated(INTERLEAVED, 2)
+    time = costs.time(load_profile("h100"))
+    assert time.bubble / (time.compute + time.pipeline_parallel) == pytest.approx(1 / (2 * 8))
+    # Rank 0: two outputs and one gradient of each micro-batch.
+    assert sent.pipeline_parallel == 3 * 8 * 16 * 64 * 4
+    plain, _ = communicated(MegatronEngineConfig(pipeline_parallel=2), 2)
+    assert [costs.flops(rank) for rank in range(2)] == [plain.flops(rank) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("micro_batches", "forwards"), [(4, [5, 3]), (1, [4, 3])])
+def test_an_interleaved_pipeline_keeps_the_forwards_before_its_first_backward(
+    micro_batches: int, forwards: list[int]
+) -> None:
+    # Narayanan et al. 2021, figure 4: 2 (p - 1 - rank) + (v - 1) p forwards of one chunk, one more, at most all.
+    costs, _ = communicated(INTERLEAVED, 2, micro_batches)
+    deep, _ = communicated(MegatronEngineConfig(pipeline_parallel=4), 4, micro_batches=8)
+    one = deep.memory(3).activations - (deep._logits_bytes() + 2 * 16 * 64 * 4)
+    found = [costs.memory(rank).activations for rank in range(2)]
+    found[1] -= round(costs._logits_bytes() + 2 * 16 * 64 * 4)
+    assert found == [count * one for count in forwards]
+
+
 def test_links_within_a_node_are_used_only_by_ranks_of_one_node() -> None:
     profile = load_profile("h100")
     costs, _ = communicated(TorchEngineConfig(), 8)
@@ -306,6 +343,22 @@ def test_recomputation_trades_activations_for_time() -> None:
     assert again.fullest.activations < kept.fullest.activations / 4
     assert again.fullest.held == kept.fullest.held
     assert again.time.compute == pytest.approx(kept.time.compute * 4 / 3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_takes_host_memory_and_time_instead(stage: int) -> None:
+    plain, offloaded = (
+        make_plan(
+            shipped("1.3b", f"engine.zero_stage={stage}", f"engine.offload_optimizer={place}"), load_profile("h100")
+        )
+        for place in ("none", "cpu")
+    )
+    one, other = plain.chosen.memory[0].held, offloaded.chosen.memory[0].held
+    # On the accelerator the weights are left; masters, moments and the gradients' shares are not.
+    assert other.total == other.weights == one.weights
+    assert other.optimizer == one.optimizer
+    assert other.host > one.optimizer + one.gradients
+    assert offloaded.chosen.time.optimizer > plain.chosen.time.optimizer
 
 
 def test_a_run_of_a_whole_cluster_is_not_started_on_one_machine(capsys: pytest.CaptureFixture[str]) -> None:

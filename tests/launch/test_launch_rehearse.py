@@ -38,9 +38,20 @@ def on_pool(pool: WorkerPool) -> rehearse.Runner:
     ("name", "overrides", "processes"),
     [
         ("125m", [], 1),
+        ("1.3b", ["engine.offload_optimizer=cpu"], 2),
         ("7b", [], 4),
         # All three axes make eight processes, which the long test runs.
         ("70b", ["engine.data_parallel=1", "engine.distributed_optimizer=false"], 4),
+        (
+            "70b",
+            [
+                "engine.tensor_parallel=1",
+                "engine.sequence_parallel=false",
+                "engine.data_parallel=2",
+                "engine.virtual_pipeline_parallel=5",
+            ],
+            4,
+        ),
     ],
 )
 def test_shipped_sizes_rehearse(pool: WorkerPool, name: str, overrides: list[str], processes: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from hcx.launch.roles import build_stage
 from hcx.model.config import ModelConfig
 from hcx.model.flops import parameter_count
-from hcx.model.shapes import parameters_by_part, pipeline_stage, stage_parameters
+from hcx.model.shapes import parameters_by_part, pipeline_stage, stage_chunks, stage_parameters
 from hcx.testing.tiny import tiny_config
 
 MODELS = {
@@ -42,6 +42,17 @@ def test_copies_of_a_tied_embedding_are_marked_only_where_stages_share_it() -> N
     assert not any(parameter.tied_copy for parameter in alone)
     ends = [stage_parameters(config, pipeline_stage(config, rank, 4)) for rank in (0, 1, 3)]
     assert [sum(parameter.tied_copy for parameter in stage) for stage in ends] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(("pp", "chunks"), [(1, 1), (4, 1), (2, 2), (2, 4)])
+def test_chunks_of_all_ranks_are_the_model_in_turns(pp: int, chunks: int) -> None:
+    config = tiny_config(num_layers=8)
+    held = [stage_chunks(config, rank, pp, chunks) for rank in range(pp)]
+    assert [len(rank) for rank in held] == [chunks] * pp
+    inorder = [held[number % pp][number // pp] for number in range(pp * chunks)]
+    assert [layer for chunk in inorder for layer in chunk.layers] == list(range(8))
+    assert [chunk.pre for chunk in inorder] == [number == 0 for number in range(pp * chunks)]
+    assert [chunk.post for chunk in inorder] == [number == pp * chunks - 1 for number in range(pp * chunks)]
 
 
 @pytest.mark.parametrize("model", MODELS)
