@@ -32,7 +32,15 @@ def house_model(
     """Text, tokenizer, shards, an hour of training, and a card. What exists from the same recipes is kept."""
     from hcx.cli.main import EXIT_RESUMABLE
     from hcx.recipe.house import VARIANTS, House
-    from hcx.report.house_card import CARD, LABELS, LANGUAGES, is_current, measure_house, write_card
+    from hcx.report.house_card import (
+        CARD,
+        LABELS,
+        LANGUAGES,
+        is_current,
+        measure_house,
+        stated_reproduction,
+        write_card,
+    )
 
     house = House(out, text)
     variants = VARIANTS if compare else VARIANTS[:1]
@@ -45,7 +53,7 @@ def house_model(
     if repeated is None and is_current(house, made):
         echo(f"nothing to do: {house.model('house')} and {out / CARD} are of these recipes")
         return 0
-    figures = measure_house(house, made, repeated)
+    figures = measure_house(house, made, repeated or stated_reproduction(house))
     card = write_card(figures, out)
     rows = [
         (LABELS[variant], *(f"{found[name].value:.3f}" for name in LANGUAGES))

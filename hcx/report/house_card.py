@@ -80,6 +80,16 @@ def measured(house: House, variants: Iterable[Variant]) -> dict[str, str]:
     return {variant: digest_file(house.model(variant) / MANIFEST) for variant in variants}
 
 
+def stated_reproduction(house: House) -> Reproduction | None:
+    """What the card that lies there says of training this very model's beginning again; None if nothing."""
+    try:
+        stated = json.loads((house.out / FIGURES).read_text(encoding="utf-8"))
+        same = stated["facts"]["measured"]["house"] == measured(house, ["house"])["house"]
+        return Reproduction(**stated["reproduction"]) if same and stated["reproduction"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent, cut off, or of another hcx
+
+
 def is_current(house: House, variants: Collection[Variant]) -> bool:
     """Whether the card that lies there tells of these very models."""
     path = house.out / FIGURES

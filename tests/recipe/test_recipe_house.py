@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from hcx.recipe.house import House, Reproduction, Variant
 from hcx.recipe.infill import Blank, Way, blanks, measure_infilling
 from hcx.recipe.quality import Estimate
 from hcx.recipe.train import TrainRecipe, load_train_recipe
-from hcx.report.house_card import HouseFigures, card_text, is_current, measure_house, write_card
+from hcx.report.house_card import HouseFigures, card_text, is_current, measure_house, stated_reproduction, write_card
 from hcx.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +108,18 @@ def test_the_card_states_the_digests_and_goes_stale_with_the_model(house: TinyHo
     digest = next(iter(figures.facts["weights"].values()))
     assert digest in text
     assert "was not trained again" in text
+
+
+def test_a_card_written_again_keeps_what_was_reproduced_of_this_model_alone(house: TinyHouse) -> None:
+    again = Reproduction(2, "a", "a")
+    figures = measure_house(house, ("house",), again)
+    write_card(figures, house.out)
+    assert stated_reproduction(house) == again
+    facts = figures.facts | {"measured": {"house": "sha256:another"}}
+    write_card(replace(figures, facts=facts), house.out)
+    assert stated_reproduction(house) is None
+    (house.out / "card.json").write_text("{")
+    assert stated_reproduction(house) is None
 
 
 def _estimates(**values: float) -> dict[str, Estimate]:
