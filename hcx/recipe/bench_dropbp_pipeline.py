@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed
 
-from hcx.data.batch import MicroBatch
 from hcx.dist import rehearsal
 from hcx.dropbp import MaskSchedule, StepCosts
 from hcx.dropbp.masks import Mask
@@ -29,7 +28,7 @@ from hcx.model.weights import InitWeights
 from hcx.obs.machine import cpu_name
 from hcx.optim import OptimConfig
 from hcx.recipe.bench_dropbp import shape
-from hcx.recipe.bench_train import median_interval
+from hcx.recipe.bench_train import median_interval, random_batch
 from hcx.train import NextToken
 
 STAGES, MICRO_BATCHES = 2, 8
@@ -101,7 +100,10 @@ def measure_pipeline(rate: float, pairs: int, quick: bool = False, warmup: int =
     times: dict[str, list[float]] = {name: [] for name in schedules}
     names = list(schedules)
     for number in range(warmup + pairs):
-        batches = [_batch(model.vocab_size, rows, seq_len, number, index) for index in range(MICRO_BATCHES)]
+        batches = [
+            random_batch(model.vocab_size, rows, seq_len, 1000 * number + index, engine.device)
+            for index in range(MICRO_BATCHES)
+        ]
         for turn in range(len(names)):
             name = names[(number + turn) % len(names)]
             chosen.schedule = schedules[name]
@@ -158,11 +160,3 @@ def _row(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
-
-
-def _batch(vocab: int, rows: int, seq_len: int, step: int, index: int) -> MicroBatch:
-    generator = torch.Generator().manual_seed(1000 * step + index)
-    tokens = torch.randint(vocab, (rows, seq_len + 1), generator=generator)
-    positions = torch.arange(seq_len).expand(rows, -1).contiguous()
-    batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(rows, seq_len), positions)
-    return batch.to(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else batch

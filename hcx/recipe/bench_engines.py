@@ -28,7 +28,7 @@ from hcx.model.weights import InitWeights
 from hcx.obs import get_logger
 from hcx.obs.machine import cpu_name
 from hcx.optim import OptimConfig
-from hcx.recipe.bench_train import median_interval
+from hcx.recipe.bench_train import median_interval, random_batch
 from hcx.recipe.engine_peers import CLIP, LEARNING_RATE, Loop, deepspeed_loop, megatron_loop
 from hcx.train import NextToken
 
@@ -149,7 +149,10 @@ def _measure(
     for number in range(warmup + pairs):
         # Replicas read rows of their own; ranks of one replica must read the same.
         seed = 1000 * number + engine.topology.dp_rank
-        batches = [_batch(model, rows, seq_len, seed + 100 * index, engine.device) for index in range(micro_batches)]
+        batches = [
+            random_batch(model.vocab_size, rows, seq_len, seed + 100 * index, engine.device)
+            for index in range(micro_batches)
+        ]
         if number % 2:
             second = _timed(loop, batches)
             first = _timed(ours, batches)
@@ -192,11 +195,3 @@ def _timed(step: Callable[[Sequence[MicroBatch]], object], batches: Sequence[Mic
     seconds = torch.tensor(time.perf_counter() - begun, device=batches[0].tokens.device)
     torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
     return float(seconds)
-
-
-def _batch(model: ModelConfig, rows: int, seq_len: int, seed: int, device: torch.device) -> MicroBatch:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.vocab_size, (rows, seq_len + 1), generator=generator)
-    positions = torch.arange(seq_len).expand(rows, -1).contiguous()
-    weights = torch.ones(rows, seq_len)
-    return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, positions).to(device)

@@ -228,6 +228,14 @@ def measure(case: TrainCase, pairs: int, warmup: int = 3) -> TrainRow:
     )
 
 
+def random_batch(vocab: int, rows: int, seq_len: int, seed: int, device: torch.device) -> MicroBatch:
+    """Rows of one document each, `[rows, seq_len]`, a function of the seed."""
+    tokens = torch.randint(vocab, (rows, seq_len + 1), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(seq_len).expand(rows, -1).contiguous()
+    weights = torch.ones(rows, seq_len)
+    return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, positions).to(device)
+
+
 def median_interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """A 95 % bootstrap interval of the median."""
     draw = random.Random(seed)
