@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from hcx.model.weights import InitWeights
 from hcx.obs import get_logger
 from hcx.obs.machine import cpu_name
 from hcx.optim import OptimConfig
-from hcx.recipe.bench_train import median_interval, random_batch
+from hcx.recipe.bench_train import in_turns, median_interval, random_batch
 from hcx.recipe.engine_peers import CLIP, LEARNING_RATE, Loop, deepspeed_loop, megatron_loop
 from hcx.train import NextToken
 
@@ -153,14 +154,9 @@ def _measure(
             random_batch(model.vocab_size, rows, seq_len, seed + 100 * index, engine.device)
             for index in range(micro_batches)
         ]
-        if number % 2:
-            second = _timed(loop, batches)
-            first = _timed(ours, batches)
-        else:
-            first = _timed(ours, batches)
-            second = _timed(loop, batches)
+        pair = in_turns(number, partial(_timed, ours, batches), partial(_timed, loop, batches))
         if number >= warmup:
-            times.append((first, second))
+            times.append(pair)
     engine.close()
     if library_engine is not None:
         library_engine.destroy()

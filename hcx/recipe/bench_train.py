@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -196,14 +197,9 @@ def measure(case: TrainCase, pairs: int, warmup: int = 3) -> TrainRow:
     times: list[tuple[float, float]] = []
     gc.collect()
     for number in range(warmup + pairs):
-        if number % 2:
-            second = timed(theirs, number)
-            first = timed(ours, number)
-        else:
-            first = timed(ours, number)
-            second = timed(theirs, number)
+        pair = in_turns(number, partial(timed, ours, number), partial(timed, theirs, number))
         if number >= warmup:
-            times.append((first, second))
+            times.append(pair)
     ratios = [theirs_s / ours_s for ours_s, theirs_s in times]
     low, high = median_interval(ratios)
     tokens = case.rows * case.seq_len * case.micro_batches
@@ -226,6 +222,14 @@ def measure(case: TrainCase, pairs: int, warmup: int = 3) -> TrainRow:
         torch=torch.__version__,
         transformers=transformers_version(),
     )
+
+
+def in_turns(number: int, ours: Callable[[], float], theirs: Callable[[], float]) -> tuple[float, float]:
+    """(ours, theirs) of the pair with this number; which goes first changes from pair to pair."""
+    if number % 2:
+        second = theirs()
+        return ours(), second
+    return ours(), theirs()
 
 
 def random_batch(vocab: int, rows: int, seq_len: int, seed: int, device: torch.device) -> MicroBatch:

@@ -82,24 +82,32 @@ def measured(house: House, variants: Iterable[Variant]) -> dict[str, str]:
 
 def stated_reproduction(house: House) -> Reproduction | None:
     """What the card that lies there says of training this very model's beginning again; None if nothing."""
+    stated = _stated(house)
     try:
-        stated = json.loads((house.out / FIGURES).read_text(encoding="utf-8"))
         same = stated["facts"]["measured"]["house"] == measured(house, ["house"])["house"]
         return Reproduction(**stated["reproduction"]) if same and stated["reproduction"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, cut off, or of another hcx
+    except (KeyError, TypeError):
+        return None  # no card, or one of another hcx
 
 
 def is_current(house: House, variants: Collection[Variant]) -> bool:
     """Whether the card that lies there tells of these very models."""
-    path = house.out / FIGURES
-    if not path.is_file() or not (house.out / CARD).is_file():
+    if not (house.out / CARD).is_file():
         return False
     try:
-        stated = json.loads(path.read_text(encoding="utf-8"))["facts"]["measured"]
-    except (ValueError, KeyError, TypeError):
-        return False  # cut off, or of another hcx: it is written anew
-    return all(map(house.finished, variants)) and bool(stated == measured(house, variants))
+        told = _stated(house)["facts"]["measured"]
+    except (KeyError, TypeError):
+        return False  # no figures, or those of another hcx: it is written anew
+    return all(map(house.finished, variants)) and bool(told == measured(house, variants))
+
+
+def _stated(house: House) -> Any:
+    """The figures beside the card that lies there; an empty object where there are none, or they are cut off."""
+    path = house.out / FIGURES
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
 
 
 def _facts(house: House, variants: Iterable[Variant]) -> dict[str, Any]:
