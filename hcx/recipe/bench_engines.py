@@ -108,7 +108,7 @@ def measure_engines(library: Library, pairs: int, quick: bool = False, warmup: i
     """Times every case; every rank calls it, and every rank gets the rows."""
     if not torch.cuda.is_available():
         rehearsal.enable()
-    rows, seq_len, micro_batches = (1, 32, 2) if quick else (4, 256, 4)
+    rows, seq_len, micro_batches = (1, 32, 2) if quick else (4, 256, 2)
     model = ModelConfig(
         vocab_size=512 if quick else 4096,
         hidden_size=128 if quick else 256,

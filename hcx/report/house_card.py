@@ -180,7 +180,7 @@ def _verdict(figures: HouseFigures, variant: Variant, languages: list[str]) -> s
         share = own[name].value / other[name].value - 1
         changes.append(f"{LANGUAGES.get(name, name)} {share:+.1%}")
     worse = [LANGUAGES.get(name, name) for name in languages if own[name].value >= other[name].value]
-    verdict = "better in each language" if not worse else f"not better in {' and '.join(worse)}"
+    verdict = f"not better in {', '.join(worse)}" if worse else "better in each language"
     return f"Against the same budget {_AGAINST[variant]}: {', '.join(changes)} bits per byte: {verdict}.\n"
 
 
