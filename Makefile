@@ -11,10 +11,11 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 MINUTES ?= 8
 OUT ?= demo
+DROPBP_ARMS ?= none,0.25,0.5,0.75,0.875,0.875-sensitivity,freeze
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo house-model test test-long check format bench kernels test-kernels sanitize-kernels wheel clean
+.PHONY: help demo house-model test test-long check format bench bench-long kernels test-kernels sanitize-kernels wheel clean
 
 help:
 	@echo "make demo       the whole path on real text: data, training, compression, serving, evaluation, report"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-long  what takes longer than the suite may"
 	@echo "make check      formatter, linter, types, import contracts"
 	@echo "make bench      the benchmarks that fit this machine"
+	@echo "make bench-long what dropped backward passes save and cost, every cell; hours"
 	@echo "make kernels    build the native kernels (also on first use of the others, where a C++ compiler is present)"
 	@echo "make test-kernels, sanitize-kernels   the native tests, plain and under AddressSanitizer and UBSan"
 	@echo "make wheel      build the wheel into dist/"
@@ -83,6 +85,16 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/hcx bench train --out runs/bench-train.csv
 	$(BIN)/hcx bench kernels --out runs/bench-kernels.csv
+
+bench-long: $(VENV)/.dev
+	$(BIN)/hcx bench train --dropbp --out runs/bench-dropbp.csv
+	$(BIN)/hcx bench train --dropbp --pipeline --out runs/bench-dropbp-pipeline.csv
+	@for tuned in "ko runs/house/model" "code runs/smollm2"; do set -- $$tuned; \
+	if [ ! -d "$$2" ]; then echo "launch/train/dropbp-$$1.yaml: not run, $$2 is not there"; continue; fi; \
+	[ -d "runs/dropbp/$$1-shards" ] || $(BIN)/hcx data build launch/data/dropbp-$$1.yaml --out runs/dropbp/$$1-shards || exit; \
+	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms $(DROPBP_ARMS) || exit; \
+	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms $(DROPBP_ARMS) --out runs/dropbp/$$1-lora \
+	  adapter.kind=lora adapter.rank=8 optim.lr=1e-3 || exit; done
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -140,7 +140,7 @@ def drop_cases(quick: bool, cuda: bool) -> list[DropCase]:
     """What is measured: rates, then lengths, full and low-rank training, with and without checkpointing, then rules."""
     if quick:
         return [DropCase("tiny", shape(128, 4, 352), 2, 64, 0.5)]
-    name, model, tokens = ("22M", shape(384, 8, 1024), 2048)
+    name, model, tokens = ("14M", shape(384, 8, 1024), 2048)
     lengths: Sequence[int] = (256, 512, 1024, 2048)
     if cuda:
         name, model, tokens, lengths = "1B", shape(2048, 20, 5632, 32768), 8192, (2048, 4096, 8192)

@@ -34,7 +34,9 @@ FREEZE_RATE = 0.875
 FREEZE = "freeze"
 ARMS: dict[str, DropBPConfig | None] = {
     "none": None,
+    "0.25": DropBPConfig(rate=0.25, allocation="uniform"),
     "0.5": DropBPConfig(rate=0.5, allocation="uniform"),
+    "0.75": DropBPConfig(rate=0.75, allocation="uniform"),
     "0.875": DropBPConfig(rate=0.875, allocation="uniform"),
     "0.875-sensitivity": DropBPConfig(rate=0.875),
     FREEZE: None,

@@ -26,8 +26,7 @@ LAYOUTS = {
     "ddp2": TorchEngineConfig(),
     "tp2": MegatronEngineConfig(tensor_parallel=2),
     "pp2": MegatronEngineConfig(pipeline_parallel=2),
-    "zero3": DeepSpeedEngineConfig(zero_stage=3),
-    "zero1": DeepSpeedEngineConfig(zero_stage=1),
+    **{f"zero{stage}": DeepSpeedEngineConfig(zero_stage=stage) for stage in range(4)},
 }
 
 
@@ -87,7 +86,12 @@ def test_only_the_chosen_scales_move(bases: dict[int, str], group: int, train: s
 
 @pytest.mark.parametrize("group", [128, 16])
 @pytest.mark.parametrize(
-    "layout", ["tp2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp2", "pp2", "zero1"))]
+    "layout",
+    [
+        "tp2",
+        "zero3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp2", "pp2", "zero0", "zero1", "zero2")),
+    ],
 )
 def test_any_layout_equals_one_process(pool: WorkerPool, bases: dict[int, str], layout: str, group: int) -> None:
     expected_losses, expected, _ = run(TorchEngineConfig(), bases[group], "first")
