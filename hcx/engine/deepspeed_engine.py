@@ -417,13 +417,14 @@ class DeepSpeedEngine(ShardedEngine):
                 optimizer.averaged_gradients[group] = None
                 optimizer.all_grad_tensors[group] = None
             optimizer.micro_step_id = -1
-            if self._offloads:
-                optimizer.reset_cpu_buffers()
         elif self._stage == 3:
             optimizer._pre_step()
             optimizer._partition_all_parameters()
             optimizer.averaged_gradients = {}
             optimizer.grad_partitions_flat_buffer.zero_()
+        if self._offloads:
+            # Gradient norms are kept until a step; the next would clip by those of weights that give none there.
+            optimizer.reset_cpu_buffers()
 
     def close(self) -> None:
         """Removes the library's hooks and buffers."""

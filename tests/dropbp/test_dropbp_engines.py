@@ -190,7 +190,7 @@ def test_steps_whose_trained_branches_were_all_dropped_neither_hang_nor_differ(p
     compare(pool, Case(LAYOUTS[layout], 0.875, ADAPTER, steps=20))
 
 
-@pytest.mark.parametrize("layout", marked(("pp2",)))
+@pytest.mark.parametrize("layout", marked(("pp2", "zero3-offload")))
 def test_every_layout_measures_the_same_sensitivities_and_goes_on_with_the_same_rates(
     pool: WorkerPool, layout: str
 ) -> None:
