@@ -11,7 +11,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 MINUTES ?= 8
 OUT ?= demo
-DROPBP_ARMS ?= none,0.25,0.5,0.75,0.875,0.875-sensitivity,freeze
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -92,8 +91,8 @@ bench-long: $(VENV)/.dev
 	@for tuned in "ko runs/house/model" "code runs/smollm2"; do set -- $$tuned; \
 	if [ ! -d "$$2" ]; then echo "launch/train/dropbp-$$1.yaml: not run, $$2 is not there"; continue; fi; \
 	[ -d "runs/dropbp/$$1-shards" ] || $(BIN)/hcx data build launch/data/dropbp-$$1.yaml --out runs/dropbp/$$1-shards || exit; \
-	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms $(DROPBP_ARMS) || exit; \
-	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms $(DROPBP_ARMS) --out runs/dropbp/$$1-lora \
+	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms all || exit; \
+	$(BIN)/hcx bench dropbp launch/train/dropbp-$$1.yaml --arms all --out runs/dropbp/$$1-lora \
 	  adapter.kind=lora adapter.rank=8 optim.lr=1e-3 || exit; done
 
 wheel: $(VENV)/.dev

@@ -112,7 +112,8 @@ def dropbp(
     recipe: Annotated[str, typer.Argument(help="YAML recipe, such as launch/train/dropbp-code.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as train.steps=32")] = None,
     arms: Annotated[
-        str, typer.Option(help="comma-separated; freeze: lowest sublayers frozen, at the backward cost of 0.875")
+        str,
+        typer.Option(help="comma-separated, or all; freeze: lowest sublayers frozen, at the backward cost of 0.875"),
     ] = "none,0.5,0.875,0.875-sensitivity,freeze",
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 3,
     out: Annotated[Path | None, typer.Option(help="directory of the runs; the recipe's if not given")] = None,
@@ -131,7 +132,7 @@ def dropbp(
     loaded = load_train_recipe(find_file(recipe, "launch/train"), overrides or ())
     check_recipe(loaded)
     directory = out or Path(loaded.out)
-    chosen = [arm for arm in arms.split(",") if arm]
+    chosen = list(ARMS) if arms == "all" else [arm for arm in arms.split(",") if arm]
     points = run_arms(loaded, chosen, seeds, directory)
     table_file = directory / "points.csv"
     table_file.unlink(missing_ok=True)

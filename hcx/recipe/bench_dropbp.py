@@ -32,7 +32,7 @@ from hcx.model.parts.base import PlainParts
 from hcx.model.transforms import TransformContext
 from hcx.model.weights import InitWeights, load_weights
 from hcx.obs.machine import cpu_name
-from hcx.recipe.bench_train import median_interval
+from hcx.recipe.bench_train import median_interval, random_batch
 from hcx.train import NextToken
 
 BACKWARD_BAND, TOTAL_BAND, STORED_BAND = 0.08, 0.06, 0.06
@@ -223,11 +223,8 @@ class _Bench:
 
     def batch(self, number: int) -> MicroBatch:
         """Random tokens."""
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.randint(self.case.model.vocab_size, (self.case.rows, self.case.seq_len + 1), generator=generator)
-        positions = torch.arange(self.case.seq_len).expand(self.case.rows, -1).contiguous()
-        ones = torch.ones(self.case.rows, self.case.seq_len)
-        return MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ones, positions).to(self.device)
+        case = self.case
+        return random_batch(case.model.vocab_size, case.rows, case.seq_len, number, self.device)
 
     def forward(self, batch: MicroBatch, mask: Mask | None, published: bool) -> Tensor:
         """The mean loss."""
