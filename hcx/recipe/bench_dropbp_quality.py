@@ -24,6 +24,7 @@ from hcx.model.decoder import Decoder, Sublayer
 from hcx.model.transforms import ModelTransform, TransformContext
 from hcx.obs import get_logger, read_jsonl
 from hcx.recipe.drop import trained_parts
+from hcx.recipe.finished import require_made_from
 from hcx.recipe.run import run_training
 from hcx.recipe.train import TrainRecipe
 
@@ -130,6 +131,7 @@ def run_arms(recipe: TrainRecipe, arms: Sequence[str], seeds: int, out: Path) ->
 
     Raises:
         ConfigError: an arm is not known, or the recipe is not one process's.
+        CheckpointError: a run that is there was made from another recipe.
     """
     for arm in arms:
         if arm not in ARMS:
@@ -142,13 +144,16 @@ def run_arms(recipe: TrainRecipe, arms: Sequence[str], seeds: int, out: Path) ->
     for seed in range(seeds):
         for arm in arms:
             directory = out / f"{arm}-seed{seed}"
-            if not is_complete(directory / ("adapter" if recipe.adapter else "model")):
+            changes = {"out": str(directory), "seed": seed, "dropbp": ARMS[arm], "name": f"{recipe.name}-{arm}"}
+            mine, kind = recipe.model_copy(update=changes), "adapter" if recipe.adapter else "model"
+            if is_complete(directory / kind):
+                require_made_from(directory / kind, kind, mine)
+            else:
                 log.info("arm %s, seed %d", arm, seed)
                 extra: list[ModelTransform] = []
                 if arm == FREEZE:
                     extra = [FrozenLowest(frozen_sublayers(recipe.model, recipe.data.seq_len, trained_parts(recipe)))]
-                changes = {"out": str(directory), "seed": seed, "dropbp": ARMS[arm], "name": f"{recipe.name}-{arm}"}
-                run_training(recipe.model_copy(update=changes), extra=extra)
+                run_training(mine, extra=extra)
             points += read_points(directory, arm, seed)
     return points
 

@@ -14,12 +14,13 @@ from typing import Literal
 
 from hcx.artifacts import digest_file, find_resource, is_complete, read_manifest
 from hcx.artifacts.manifest import MANIFEST
-from hcx.config import decode, load_config
+from hcx.config import load_config
 from hcx.data import DataRecipe
 from hcx.data.build import build_shards
 from hcx.data.fetch import PERMISSIVE, fetch
-from hcx.errors import CheckpointError, ConfigError, DataError
+from hcx.errors import CheckpointError, DataError
 from hcx.obs import get_logger
+from hcx.recipe.finished import require_made_from
 from hcx.recipe.run import run_training
 from hcx.recipe.train import TrainRecipe, load_train_recipe
 from hcx.train.ledger import FOLDER as LEDGER
@@ -58,7 +59,7 @@ class House:
         """Whether a variant is there, made from the recipe that would make it now."""
         if not is_complete(self.model(variant)):
             return False
-        _same(self.model(variant), "model", self.train_recipe(variant))
+        require_made_from(self.model(variant), "model", self.train_recipe(variant))
         return True
 
     def data_recipe(self, variant: Variant) -> DataRecipe:
@@ -89,12 +90,12 @@ class House:
             fetch(PERMISSIVE, self.text)
         shards = self.shards(variant)
         if is_complete(shards):
-            _same(shards, "shards", self.data_recipe(variant))
+            require_made_from(shards, "shards", self.data_recipe(variant))
         else:
             build_shards(self.data_recipe(variant), shards, find_resource("launch/data/house.yaml").parent)
         recipe = self.train_recipe(variant)
         if is_complete(self.model(variant)):
-            _same(self.model(variant), "model", recipe)
+            require_made_from(self.model(variant), "model", recipe)
             _same_shards(self.model(variant), shards)
             return True
         return run_training(recipe, stop=stop).finished
@@ -144,23 +145,6 @@ class Reproduction:
 
 def _first_segment(run: Path) -> Path | None:
     return next(iter(sorted((run / LEDGER).glob("000001-*.jsonl"))), None)
-
-
-def _same(directory: Path, kind: str, recipe: DataRecipe | TrainRecipe) -> None:
-    """A finished artifact must have been made from the recipe that would make it now."""
-    stated = read_manifest(directory, kind).config
-    try:
-        # Through the type: a field that a later hcx added has its default, and is no difference.
-        made_from = decode(type(recipe), stated, str(directory)).model_dump(mode="json")
-    except ConfigError:
-        made_from = stated
-    expected = recipe.model_dump(mode="json")
-    differing = sorted(key for key in {*made_from, *expected} if made_from.get(key) != expected.get(key))
-    if not differing:
-        return
-    raise CheckpointError(
-        f"{directory}: made from another recipe (different: {', '.join(differing)}); name another --out, or remove it"
-    )
 
 
 def _same_shards(model: Path, shards: Path) -> None:

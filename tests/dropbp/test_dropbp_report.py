@@ -144,6 +144,13 @@ def test_every_arm_of_the_quality_benchmark_runs_once_and_is_summarised(
         written = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
         assert len(written) == 6
     assert written == {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "optim.lr=1e-5", "train.steps=6"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "optim.lr: " in told
+    assert "train.steps: 4 there, 6 now" in told
+    assert written == {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     languages = {row["metric"] for row in summary}
     assert {(row["arm"], row["seeds"], row["steps"]) for row in summary} == {
         (arm, 2, 4) for arm in ("none", "0.5", "freeze")
