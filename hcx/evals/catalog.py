@@ -41,6 +41,8 @@ Category = Literal[
     "translation",
     "crosslingual",
 ]
+EXTRA_OF = {"sympy": "math", "math_verify": "math", "antlr4": "math"}
+"""Packages of tasks that the extra `eval` does not hold."""
 MEANS = ("sandbox", "toxicity", "judge", "punkt_tab")
 """Needs that are no packages."""
 
@@ -294,7 +296,8 @@ def status_of(card: TaskCard, data: str | Path | None = None) -> TaskStatus:
         status, reason = "unavailable", card.benchmark.unavailable
     elif absent:
         status = "unavailable"
-        reason = f"needs {' and '.join(absent)}; install with: pip install 'hcx-llm[eval]'"
+        extras = ",".join(dict.fromkeys(EXTRA_OF.get(name, "eval") for name in absent))
+        reason = f"needs {' and '.join(absent)}; install with: pip install 'hcx-llm[{extras}]'"
     elif "sandbox" in meta.needs and sys.platform != "linux":
         status, reason = "unavailable", "generated code runs in a sandbox of Linux namespaces only"
     else:

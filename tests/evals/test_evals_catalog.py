@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from hcx.errors import EvalError
-from hcx.evals.catalog import find_tasks, load_suite, status_of, suite_names, task_cards
+from hcx.evals.catalog import EXTRA_OF, find_tasks, load_suite, status_of, suite_names, task_cards
 from hcx.evals.sources import missing_data
 
 SHIPPED_WITH_DATA = {
@@ -92,6 +94,8 @@ def test_an_unknown_suite_is_answered_with_the_nearest_name():
 
 WITHOUT_LM_EVAL = """
 import sys
+import tomllib
+from pathlib import Path
 sys.modules["lm_eval"] = None
 sys.modules["torch"] = None
 from hcx.cli.main import main
@@ -107,7 +111,7 @@ def test_the_list_works_without_lm_eval_and_says_what_to_install():
     for row in rows:
         assert set(row) >= {"name", "suite", "language", "category", "status", "reason", "rows", "gap"}
         assert row["status"] == "unavailable"
-        assert "pip install 'hcx-llm[eval]'" in row["reason"] or task_cards()[row["name"]].benchmark.unavailable
+        assert "pip install 'hcx-llm[eval" in row["reason"] or task_cards()[row["name"]].benchmark.unavailable
 
 
 def test_missing_item_files_are_reported_with_the_file_to_put_there(tmp_path, monkeypatch):
@@ -132,3 +136,11 @@ def test_a_data_folder_that_does_not_exist_is_named(tmp_path):
 
 def test_status_lists_every_suite_of_a_task():
     assert status_of(task_cards()["hcx_bpb_ko"]).suites == ["demo", "smoke"]
+
+
+def test_packages_are_asked_for_by_the_extra_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hcx.evals.catalog.is_installed", lambda name: name not in ("math_verify", "langdetect"))
+    assert status_of(task_cards()["minerva_math"]).reason.endswith("pip install 'hcx-llm[math]'")
+    assert status_of(task_cards()["ifeval"]).reason.endswith("pip install 'hcx-llm[eval]'")
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    assert set(EXTRA_OF.values()) <= set(project["project"]["optional-dependencies"])
