@@ -17,7 +17,7 @@ from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_methods import methods
 from hcx.cli.bench_seven_b import compress_seven_b
 from hcx.cli.bench_tokenizer import tokenizer
-from hcx.cli.output import append_csv, echo, print_json, table
+from hcx.cli.output import echo, table, write_rows
 
 
 def register(app: typer.Typer) -> None:
@@ -70,10 +70,7 @@ def train(
     for case in cases(quick, torch.cuda.is_available()):
         get_logger(__name__).info("measuring %s, %s, %d x %d", case.name, case.precision, case.rows, case.seq_len)
         rows.append(measure(case, min(pairs, 15) if quick else pairs))
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return 0
     table(
         "training, tokens per second",
@@ -127,10 +124,7 @@ def decode(
         raise ConfigError(f"--output-bits {output_bits}: must be 1 to 8, or 0 for a dense output alone")
     made = min(tokens, 10) if quick else tokens
     rows = measure_decode(model, planes, numerics, group_size, context, made, output_bits)
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return
     table(
         "decoding one request",

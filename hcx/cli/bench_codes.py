@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import echo, print_json, table
+from hcx.cli.output import echo, table, write_rows
 
 
 def fixed_to_fixed(
@@ -18,7 +18,6 @@ def fixed_to_fixed(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Planes of pruned weights as code words: encoding, decoding beside a copy of the same bytes, and efficiency."""
-    from hcx.cli.bench import append_csv
     from hcx.kernels.bench_codes import cases, measure
     from hcx.obs import get_logger
 
@@ -26,10 +25,7 @@ def fixed_to_fixed(
     for case in cases(quick, weights, threads):
         get_logger(__name__).info("measuring sparsity %g, %d registers", case.sparsity, case.n_s)
         rows.append(measure(case))
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return
     table(
         f"one plane of random bits, {rows[0].threads} threads",

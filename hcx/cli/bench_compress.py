@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import echo, print_json, table
+from hcx.cli.output import append_csv, echo, table, write_rows
 
 
 def compress(
@@ -33,7 +33,6 @@ def compress(
 ) -> None:
     """KL divergence and bits per byte of our quantizers and others', at equal or fewer bytes, on held-out text."""
     from hcx.cli.compress import training_shards
-    from hcx.cli.output import append_csv
     from hcx.compress import Calibration
     from hcx.config.decode import decode
     from hcx.errors import ConfigError
@@ -66,8 +65,7 @@ def compress(
         rows.append(row)
         if out is not None:
             append_csv(out, [row.as_dict()])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], None, as_json):
         return
     for width, language in dict.fromkeys((row.bits, row.language) for row in rows):
         own = [row for row in rows if (row.bits, row.language) == (width, language)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import append_csv, echo, print_json, table
+from hcx.cli.output import echo, table, write_rows
 
 
 def digits(
@@ -21,10 +21,7 @@ def digits(
 
     sizes = {"width": 20, "epochs": 2} if quick else {}
     rows = [row.as_dict() for row in measure_digits(range(seeds), **sizes)]
-    if out is not None:
-        append_csv(out, rows)
-    if as_json:
-        print_json(rows)
+    if not write_rows(rows, out, as_json):
         return
     table(
         f"test accuracy on 8 x 8 digits, {seeds} seeds; the matrix between two hidden layers is compressed",

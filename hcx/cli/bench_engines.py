@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
-from hcx.cli.output import append_csv, echo, print_json, table
+from hcx.cli.output import append_csv, echo, table, write_rows
 from hcx.errors import ConfigError, MissingExtra
 
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
@@ -29,13 +29,13 @@ def bench_engines(engine: str, quick: bool, pairs: int, out: Path | None, as_jso
     if world_size != RANKS:
         raise ConfigError(f"hcx bench train --engine runs on {RANKS} processes, not {world_size}")
     init_process_group()
-    rows = measure_engines(cast("Library", engine), min(pairs, QUICK_PAIRS) if quick else pairs, quick)
-    if rank != 0:
-        return 0
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    rows = []
+    for row in measure_engines(cast("Library", engine), min(pairs, QUICK_PAIRS) if quick else pairs, quick):
+        rows.append(row)
+        if rank == 0 and out is not None:
+            # Row by row: what was measured stays when a long run is stopped.
+            append_csv(out, [row.as_dict()])
+    if rank != 0 or not write_rows([row.as_dict() for row in rows], None, as_json):
         return 0
     table(
         f"{engine}: step time of the engine over that of the library's own loop",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import print_json, table
+from hcx.cli.output import append_csv, table, write_rows
 
 LETTERS = ("hcx_kmmlu_dev225", "hcx_mmlu_dev282")
 """What is scored where no task is named: they need no data but lm-eval."""
@@ -30,7 +30,6 @@ def evaluation(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Seconds of scoring beside lm-eval's `hf` backend, same model and requests, and whether answers are equal."""
-    from hcx.cli.bench import append_csv
     from hcx.evals.bench import measure
     from hcx.evals.fetch import data_from
 
@@ -45,10 +44,7 @@ def evaluation(
     items = 100 if limit is None else limit
     with data_from(names, source, data) as found:
         rows = measure(model, names, found, min(items, 8) if quick else items, 1 if quick else repeats, batch_size)
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return
     table(
         "scoring, seconds",
@@ -79,15 +75,12 @@ def _compare(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    from hcx.cli.bench import append_csv
     from hcx.evals.bench import compare
 
     rows = compare(model, names, data, limit, batch_size)
     if out is not None:
         append_csv(out, [{**row.as_dict(), "differing": " ".join(row.differing)} for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
-    else:
+    if write_rows([row.as_dict() for row in rows], None, as_json):
         table(
             "answers beside lm-eval's hf backend",
             ("task", "items", "requests", "items that differ", "greedy that differ", "largest difference"),

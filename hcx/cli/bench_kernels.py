@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hcx.cli.output import append_csv, echo, print_json, table
+from hcx.cli.output import append_csv, echo, table, write_rows
 
 if TYPE_CHECKING:
     from hcx.kernels.bench import KernelRow
@@ -55,8 +55,7 @@ def kernels(
         if plot is not None:
             with open(out, newline="", encoding="utf-8") as file:
                 plot_kernels(list(csv.DictReader(file)), plot)
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], None, as_json):
         return
     for group in dict.fromkeys((row.out, row.in_, row.batch, row.threads, row.weights) for row in rows):
         own = [row for row in rows if (row.out, row.in_, row.batch, row.threads, row.weights) == group]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import print_json, table
+from hcx.cli.output import table, write_rows
 
 
 def compress_seven_b(
@@ -22,7 +22,6 @@ def compress_seven_b(
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
     """Time and peak memory of compressing a 7B-shaped model; plain rounding and HQQ (if installed) on its matrices."""
-    from hcx.cli.output import append_csv
     from hcx.errors import ConfigError
     from hcx.recipe.bench_seven_b import SEVEN_B, measure_compress
 
@@ -34,10 +33,7 @@ def compress_seven_b(
         small = {"hidden_size": 512, "intermediate_size": 1408, "num_heads": 8, "vocab_size": 4096}
         config, layers = SEVEN_B.model_copy(update=small), 2
     rows = measure_compress(work, layers, bits, group_size, method, threads, config)
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return
     table(
         f"{rows[0].parameters:,} parameters, {layers} blocks, {threads} threads, {rows[0].device}",

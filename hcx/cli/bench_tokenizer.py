@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hcx.cli.output import append_csv, echo, print_json, table
+from hcx.cli.output import echo, table, write_rows
 
 if TYPE_CHECKING:
     from hcx.tokenizer import Tokenizer
@@ -40,10 +40,7 @@ def tokenizer(
     for mode in modes:
         get_logger(__name__).info("encoding %s", mode)
         rows += measure_encoding(measured, held_out, mode, 5 if quick else rounds)
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return
     table(
         "encoding, MB per second; a ratio above 1 means that hcx is faster",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,41 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     Console(highlight=False).print(view)
 
 
-def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows; a new file gets a header."""
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends rows; a new file gets a header.
+
+    A file with other columns, from another version or command, is written anew with all of them; what a row does not
+    have stays empty. Measurements take hours: neither the old rows nor the new ones are lost.
+    """
+    from hcx.artifacts.durable import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    before: list[dict[str, Any]] = []
+    columns = list(rows[0])
+    if path.exists() and path.stat().st_size:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if list(reader.fieldnames or ()) == columns:
+                with open(path, "a", newline="", encoding="utf-8") as end:
+                    csv.DictWriter(end, fieldnames=columns).writerows(rows)
+                return
+            before = list(reader)
+            columns = list(dict.fromkeys([*columns, *(reader.fieldnames or ())]))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns)
+    writer.writeheader()
+    writer.writerows([*before, *rows])
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], out: Path | None, as_json: bool) -> bool:
+    """Appends measured rows to a CSV file, if one is named, and prints them as JSON, if that is asked for.
+
+    Returns:
+        Whether a table is still to be printed.
+    """
+    if out is not None:
+        append_csv(out, rows)
+    if as_json:
+        print_json(rows)
+    return not as_json

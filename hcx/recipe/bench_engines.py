@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -104,8 +104,8 @@ def engine_cases(library: Library, quick: bool) -> list[EngineCase]:
     return [EngineCase(name, MegatronEngineConfig(clip_grad_norm=CLIP, **layouts[name]), "GPTModel") for name in names]
 
 
-def measure_engines(library: Library, pairs: int, quick: bool = False, warmup: int = 3) -> list[EngineRow]:
-    """Times every case; every rank calls it, and every rank gets the rows."""
+def measure_engines(library: Library, pairs: int, quick: bool = False, warmup: int = 3) -> Iterator[EngineRow]:
+    """Times case by case; every rank goes through it, and every rank gets the rows."""
     if not torch.cuda.is_available():
         rehearsal.enable()
     rows, seq_len, micro_batches = (1, 32, 2) if quick else (4, 256, 2)
@@ -119,12 +119,10 @@ def measure_engines(library: Library, pairs: int, quick: bool = False, warmup: i
         max_seq_len=seq_len,
         tie_embeddings=True,
     )
-    found = []
     for case in engine_cases(library, quick):
         log.info("%s, %s, beside a loop over %s", library, case.name, case.loop)
-        found.append(_measure(library, case, model, (rows, seq_len, micro_batches), pairs, warmup))
+        yield _measure(library, case, model, (rows, seq_len, micro_batches), pairs, warmup)
         gc.collect()
-    return found
 
 
 def _measure(

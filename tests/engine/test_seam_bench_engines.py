@@ -13,7 +13,7 @@ from hcx.testing.workers import WorkerPool
 
 
 def _measured(library: Library) -> list[EngineRow]:
-    return measure_engines(library, pairs=2, quick=True, warmup=1)
+    return list(measure_engines(library, pairs=2, quick=True, warmup=1))
 
 
 @pytest.mark.parametrize("library", ["deepspeed", "megatron"])
