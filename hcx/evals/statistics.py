@@ -24,6 +24,8 @@ Z95 = 1.959963984540054
 
 RESAMPLES = 1000
 SEED = 20240607
+FEW = 12
+"""Up to so many pairs, every assignment of signs is tried."""
 MINIMUM = 2
 """With fewer items there is no spread to estimate."""
 
@@ -165,7 +167,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     estimate = bootstrap(differences, lambda part: float(part.mean()))
     if set(np.unique(np.concatenate([left, right]))) <= {0.0, 1.0}:
         return Difference(estimate.value, estimate.interval, mcnemar(differences), len(left), "exact McNemar")
-    return Difference(estimate.value, estimate.interval, _sign_flips(differences), len(left), "sign flips, 10000")
+    probability, test = sign_flips(differences)
+    return Difference(estimate.value, estimate.interval, probability, len(left), test)
 
 
 def mcnemar(differences: np.ndarray) -> float:
@@ -176,13 +179,29 @@ def mcnemar(differences: np.ndarray) -> float:
     return min(1.0, float(Fraction(2 * tail, 2**discordant)))
 
 
-def _sign_flips(differences: np.ndarray, flips: int = 10_000) -> float:
-    """Two-sided p of the mean under random signs (Fisher's permutation test for pairs), fixed seed."""
+def sign_flips(differences: Sequence[float] | np.ndarray, flips: int = 9999) -> tuple[float, str]:
+    """Two-sided p of a sum of paired differences under random signs (Fisher's randomisation test for pairs).
+
+    Were both alike, each difference might as well have the other sign. All signs of a few are gone through; of more,
+    some are drawn with a fixed seed, and what was observed counts as one of them.
+
+    Args:
+        differences: one per pair.
+        flips: drawn assignments of signs.
+
+    Returns:
+        p, and the test's name.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    # A sum in another order differs in the last digits.
+    bar = abs(float(values.sum())) - 1e-9 * float(np.abs(values).sum())
+    if len(values) <= FEW:
+        bits = (np.arange(1 << len(values))[:, None] >> np.arange(len(values))) & 1
+        return float((np.abs((1.0 - 2.0 * bits) @ values) >= bar).mean()), "sign flips, all"
     generator = np.random.default_rng(SEED)
-    observed = abs(float(differences.mean()))
-    count = 0
+    reached = 1
     # In pieces: all signs at once are items times flips numbers.
-    for _ in range(100):
-        signs = generator.choice((-1.0, 1.0), size=(flips // 100, len(differences)))
-        count += int((np.abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
-    return (count + 1) / (flips + 1)
+    for start in range(0, flips, 1000):
+        signs = generator.choice((-1.0, 1.0), size=(min(1000, flips - start), len(values)))
+        reached += int((np.abs(signs @ values) >= bar).sum())
+    return reached / (flips + 1), f"sign flips, {flips + 1}"

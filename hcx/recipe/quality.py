@@ -15,12 +15,11 @@ import torch
 
 from hcx.data import ShardSet, validation_batches, validation_bytes
 from hcx.errors import CheckpointError
+from hcx.evals.statistics import Z95, sign_flips
 from hcx.generate.cache import ContiguousKVCache
 from hcx.generate.step import EagerSteps
 from hcx.model.load import LoadedModel, load_model
 from hcx.model.meta import ForwardMeta
-
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -173,9 +172,7 @@ def measure_quality(
                 model_figures.top1[language] = ratio_estimate(sums[index, "top1"], counts)
                 changes = [mine - first for mine, first in zip(sums[index, "nats"], sums[0, "nats"], strict=True)]
                 found = ratio_estimate(changes, counts, to_bits)
-                model_figures.difference[language] = Paired(
-                    found.value, found.low, found.high, sign_flip_p_value(changes)
-                )
+                model_figures.difference[language] = Paired(found.value, found.low, found.high, sign_flips(changes)[0])
     return figures
 
 
@@ -198,40 +195,6 @@ def _score_row(
             divergence = reference.exp() * (reference - logprobs)
             sums[index, "kl"].append(float(divergence.sum(dtype=torch.float64)))
             sums[index, "top1"].append(float((reference.argmax(-1) == logprobs.argmax(-1)).sum()))
-
-
-FLIPS = 9999
-
-
-def sign_flip_p_value(differences: Sequence[float], flips: int = FLIPS, seed: int = 0) -> float:
-    """The p-value, two-sided, of a paired randomisation test on the sum of differences.
-
-    Were both models alike, each row's difference might as well have the other sign (Fisher's test for pairs). Few rows
-    are gone through completely; of many, signs are drawn.
-
-    Args:
-        differences: one per row.
-        flips: drawn assignments of signs.
-        seed: of the draws.
-    """
-    values = torch.tensor(differences, dtype=torch.float64)
-    observed = float(values.sum().abs())
-    # A sum in another order differs in the last digits.
-    bar = observed - 1e-9 * float(values.abs().sum())
-    count = len(differences)
-    if count <= EXACT_ROWS:
-        signs = 1.0 - 2.0 * ((torch.arange(1 << count)[:, None] >> torch.arange(count)) & 1)
-        return float(((signs.double() @ values).abs() >= bar).double().mean())
-    generator = torch.Generator().manual_seed(seed)
-    reached = 0
-    for start in range(0, flips, 1000):
-        size = (min(1000, flips - start), count)
-        signs = 1.0 - 2.0 * torch.randint(0, 2, size, generator=generator)
-        reached += int(((signs.double() @ values).abs() >= bar).sum())
-    return (1 + reached) / (1 + flips)
-
-
-EXACT_ROWS = 12
 
 
 @torch.no_grad()

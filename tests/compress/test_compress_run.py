@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from hcx.config.decode import decode
 from hcx.errors import ConfigError
 from hcx.model.load import iter_tensors, load_model
 from hcx.model.meta import ForwardMeta
-from hcx.recipe.quality import sign_flip_p_value
 from hcx.testing.batches import packed_rows
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
@@ -348,16 +346,3 @@ def test_the_report_reads_the_text_that_the_model_was_trained_on(
         assert change["value"] == pytest.approx(row["bits_per_byte"] - base["bits_per_byte"], abs=1e-9)
         assert change["low"] < change["value"] < change["high"]
         assert f"p = {change['p_value']:.2g}" in page
-
-
-def test_the_paired_test_is_fishers_and_does_not_depend_on_the_order() -> None:
-    # By hand: of the 8 sums of +-1 +-2 +-4, only 7 and -7 reach 7, and four reach 5.
-    assert sign_flip_p_value([1.0, 2.0, 4.0]) == 2 / 8
-    assert sign_flip_p_value([-1.0, 2.0, 4.0]) == 4 / 8
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(40, generator=generator)
-    # Of many rows it comes near the normal approximation.
-    z = abs(float(noise.sum())) / float(noise.square().sum().sqrt())
-    assert sign_flip_p_value(noise.tolist()) == pytest.approx(2 - 2 * statistics.NormalDist().cdf(z), abs=0.03)
-    shifted = (noise + 1.5).tolist()
-    assert sign_flip_p_value(shifted) == sign_flip_p_value(shifted[::-1]) == 1 / 10_000

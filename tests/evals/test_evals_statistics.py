@@ -1,11 +1,12 @@
 """Standard errors and intervals on data whose errors are known."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
-from hcx.evals.statistics import accuracy, bootstrap, ratio, student_t95, wilson
+from hcx.evals.statistics import accuracy, bootstrap, ratio, sign_flips, student_t95, wilson
 
 
 def test_standard_error_of_an_accuracy_is_the_sample_standard_error():
@@ -82,3 +83,19 @@ def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(items):
         hits += low <= 5.0 <= high
     # 95 % nominal; 200 trials have a standard error of 1.5 %.
     assert 0.90 <= hits / 200 <= 0.99
+
+
+def test_sign_flips_of_few_pairs_are_counted_by_hand():
+    # Of the 8 sums of +-1 +-2 +-4, only 7 and -7 reach 7, and four reach 5.
+    assert sign_flips([1.0, 2.0, 4.0])[0] == 2 / 8
+    assert sign_flips([-1.0, 2.0, 4.0])[0] == 4 / 8
+
+
+def test_sign_flips_of_many_pairs_come_near_the_normal_approximation_in_any_order():
+    noise = np.random.default_rng(0).standard_normal(40)
+    z = abs(noise.sum()) / math.sqrt((noise**2).sum())
+    found, test = sign_flips(noise)
+    assert found == pytest.approx(2 - 2 * NormalDist().cdf(z), abs=0.03)
+    assert test == "sign flips, 10000"
+    shifted = noise + 1.5
+    assert sign_flips(shifted)[0] == sign_flips(shifted[::-1])[0] == 1 / 10_000
