@@ -85,10 +85,8 @@ def register(app: typer.Typer) -> None:
         names = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else None
         if names == []:
             raise EvalError("--tasks is empty; see hcx eval --list")
-        if listing:
-            _list(data, as_json)
-        elif check:
-            _check(names, data, as_json)
+        if listing or check:
+            _look(names, suite, source, data, listing, as_json)
         elif model is None:
             raise EvalError("name a model directory, or use --list or --check")
         elif str(model) in OTHER_VERBS and not model.exists():
@@ -126,10 +124,26 @@ def register(app: typer.Typer) -> None:
                 _show(results, out)
 
 
-def _list(data: Path | None, as_json: bool) -> None:
-    from hcx.evals import status_of, task_cards
+def _look(
+    names: list[str] | None, suite: str | None, source: Path | None, data: Path | None, listing: bool, as_json: bool
+) -> None:
+    """`--list` and `--check`: all tasks, or those that are named, with the data that a run would have."""
+    from hcx.evals.catalog import load_suite, task_cards
+    from hcx.evals.fetch import data_from
 
-    rows = [status_of(card, data) for card in task_cards().values()]
+    if names and suite:
+        raise EvalError("give either --tasks or --suite, not both")
+    if suite is not None:
+        names = [task.name for task in load_suite(suite).tasks]
+    with data_from(names or list(task_cards()), source, data) as found:
+        (_list if listing else _check)(names, found, as_json)
+
+
+def _list(names: list[str] | None, data: Path | None, as_json: bool) -> None:
+    from hcx.evals.catalog import find_tasks, status_of, task_cards
+
+    cards = find_tasks(names) if names else list(task_cards().values())
+    rows = [status_of(card, data) for card in cards]
     if as_json:
         print_json([row.to_json() for row in rows])
         return

@@ -76,6 +76,29 @@ def test_published_files_become_a_bundle_for_as_long_as_it_takes(tmp_path):
         pass
 
 
+def test_a_listing_is_of_what_was_asked_for_with_the_data_of_a_run(tmp_path, capsys):
+    gsm8k = tmp_path / "published" / "gsm8k"
+    gsm8k.mkdir(parents=True)
+    row = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"}) + "\n"
+    for name in ("train.jsonl", "test.jsonl"):
+        (gsm8k / name).write_text(row)
+
+    def listed(*words):
+        with pytest.raises(SystemExit) as end:
+            main(["eval", "--list", "--json", *words])
+        assert end.value.code == 0
+        return {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+
+    without = listed("--suite", "published")
+    assert without.keys() == {task.name for task in load_suite("published").tasks}
+    assert without["hcx_gsm8k"] == "needs-data"
+    assert listed("--tasks", "hcx_gsm8k", "--from", str(gsm8k.parent)) == {"hcx_gsm8k": "runs"}
+    with pytest.raises(SystemExit) as end:
+        main(["eval", "--check", "--suite", "smoke", "--tasks", "hcx_gsm8k"])
+    assert end.value.code == 2
+    assert "not both" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shared_data() is None, reason="no collection of data sets: set HCX_SHARED_DATA")
 def test_the_suite_of_published_files_finds_all_of_its_data(tmp_path):
     wanted = {task.name for task in load_suite("published").tasks if needs_hub(task_cards()[task.name])}
