@@ -262,6 +262,7 @@ def test_the_nearest_code_words_of_gaussian_weights_err_as_tabled(
         ({"taps": 13}, "taps = 13"),
         ({"exceptions": [{"pattern": "*"}]}, "keep: true or n_in"),
         ({"n_in": 12, "n_out": 10}, "at most as many"),
+        ({"n_out": 257}, "at most 256 outputs"),
     ],
 )
 def test_a_section_that_means_nothing_is_refused(values: dict, message: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import model_validator
 from hcx.compress.exceptions import without_effect
 from hcx.compress.flexor.network import MAX_IN
 from hcx.config import Config
+from hcx.kernels.gf2 import MAX_OUT
 
 MAX_PROJECTED_IN = 12
 """Keys are found among all 2^n_in."""
@@ -71,6 +72,8 @@ class FlexorConfig(Config):
                 raise ValueError(f"n_in = {n_in}, taps = {self.taps}; must hold 1 <= taps <= n_in <= {MAX_IN}")
             if self.init == "project" and n_in > MAX_PROJECTED_IN:
                 raise ValueError(f"n_in = {n_in} with init: project, which tries every key; at most {MAX_PROJECTED_IN}")
+            if self.n_out > MAX_OUT:
+                raise ValueError(f"n_out = {self.n_out}: the stored network has at most {MAX_OUT} outputs")
             if n_in > self.n_out:
                 raise ValueError(f"n_in = {n_in} stored bits for n_out = {self.n_out} weights; at most as many")
         if not 1 <= self.planes <= 8:
