@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import echo, print_json, table
+from hcx.cli.output import append_csv, echo, print_json, table, write_rows
 from hcx.errors import ConfigError
 
 MIN_PAIRS = 5
@@ -17,7 +17,6 @@ def bench_drops(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int
     """Steps with and without drops, and the published mechanism with the same masks."""
     import torch
 
-    from hcx.cli.output import append_csv
     from hcx.obs import get_logger
     from hcx.recipe.bench_dropbp import drop_cases, longest_sequence, measure_drop
 
@@ -29,27 +28,28 @@ def bench_drops(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int
         if out is not None:
             # Row by row: what was measured stays when a long run is stopped.
             append_csv(out, [rows[-1].as_dict()])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], None, as_json):
         return 0
     table(
         "step to that without drops, as measured/predicted; ours/published: time of forward and backward",
-        ("case", "rate", "dropped", "total", "backward", "stored", "ours/published", "in bands"),
+        ("case", "rate", "dropped", "total", "by time", "backward", "stored", "ours/published", "in bands"),
         [
             (
                 f"{row.case} {row.training} {row.rows}x{row.seq_len}{' again' if row.checkpointing else ''}",
                 f"{row.rate:g}" + ("" if row.rule == "exact" else f" {row.rule}"),
                 f"{row.realised:.3f}",
                 f"{row.total:.3f}/{row.total_predicted:.3f}",
+                f"{row.total_predicted_by_time:.3f}",
                 f"{row.backward:.3f}/{row.backward_predicted:.3f}",
                 f"{row.stored:.3f}/{row.stored_predicted:.3f}",
                 f"{row.over_published:.3f} ({row.over_published_low:.3f} to {row.over_published_high:.3f})",
-                "yes" if row.inside else "no",
+                "yes" if row.inside else "by time" if row.inside_by_time else "no",
             )
             for row in rows
         ],
     )
     first = rows[0]
+    echo("by time: predicted from how much longer than the forward the backward took, instead of from operations")
     echo("again: with activation checkpointing, kept sublayers computed again in the backward")
     echo(f"{first.device}, {first.precision}, {first.threads} threads, torch {first.torch}, {first.pairs} rounds")
     if torch.cuda.is_available() and not quick:
@@ -60,7 +60,6 @@ def bench_drops(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int
 
 def bench_pipeline(quick: bool, pairs: int, out: Path | None, as_json: bool) -> int:
     """Two pipeline stages, with equal drops per stage and without; starts its two processes."""
-    from hcx.cli.output import append_csv
     from hcx.dist import init_process_group, process_environment
     from hcx.dist.spawn import run_local_ranks, this_command
     from hcx.errors import MissingExtra
@@ -81,10 +80,7 @@ def bench_pipeline(quick: bool, pairs: int, out: Path | None, as_json: bool) -> 
         rows += measure_pipeline(rate, min(pairs, MIN_PAIRS) if quick else pairs, quick)
     if rank != 0:
         return 0
-    if out is not None:
-        append_csv(out, [row.as_dict() for row in rows])
-    if as_json:
-        print_json([row.as_dict() for row in rows])
+    if not write_rows([row.as_dict() for row in rows], out, as_json):
         return 0
     table(
         f"a pipeline of {STAGES} stages: step time to that without drops, and the share of the predicted saving",
@@ -124,7 +120,6 @@ def dropbp(
 
     from hcx.artifacts import find_file
     from hcx.artifacts.durable import write_atomically
-    from hcx.cli.output import append_csv
     from hcx.recipe import check_recipe, load_train_recipe
     from hcx.recipe.bench_dropbp_quality import ARMS, Figure, as_row, mean_curves, run_arms, summarise
     from hcx.report import plots
