@@ -100,8 +100,10 @@ def engine_cases(library: Library, quick: bool) -> list[EngineCase]:
         "data parallel": {},
         "data parallel, distributed optimizer": {"distributed_optimizer": True},
     }
-    names = ["tensor parallel", "pipeline"] if quick else list(layouts)
-    return [EngineCase(name, MegatronEngineConfig(clip_grad_norm=CLIP, **layouts[name]), "GPTModel") for name in names]
+    return [
+        EngineCase(name, MegatronEngineConfig(clip_grad_norm=CLIP, **layout), "GPTModel")
+        for name, layout in layouts.items()
+    ]
 
 
 def measure_engines(library: Library, pairs: int, quick: bool = False, warmup: int = 3) -> Iterator[EngineRow]:

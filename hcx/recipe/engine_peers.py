@@ -104,6 +104,15 @@ def deepspeed_loop(config: ModelConfig, stage: int, micro_batches: int, own_deco
     return step, engine
 
 
+class _SequenceParallelNorm(nn.RMSNorm):
+    """torch's RMSNorm on a part of the sequence, which megatron-core's wrapper of it refuses; its others need CUDA."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **ignored: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        # The library then sums this weight's gradient over the tensor-parallel ranks.
+        self.weight.sequence_parallel = True  # type: ignore[attr-defined]
+
+
 def megatron_loop(config: ModelConfig, layout: MegatronEngineConfig, rows: int, seq_len: int) -> Loop:
     """A minimal megatron-core loop in fp32 over `GPTModel`, on process groups that are already those of the layout.
 
@@ -126,6 +135,7 @@ def megatron_loop(config: ModelConfig, layout: MegatronEngineConfig, rows: int, 
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.tensor_parallel.random import initialize_rng_tracker
         from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
         # Nothing is drawn (no dropout): the tracker that switches no states also runs without CUDA, and costs the loop
         # nothing.
@@ -156,9 +166,14 @@ def megatron_loop(config: ModelConfig, layout: MegatronEngineConfig, rows: int, 
                 params_dtype=torch.float32,
                 pipeline_dtype=torch.float32,
             )
+            layer = block = get_gpt_layer_local_spec(normalization="RMSNorm")
+            if layout.sequence_parallel:
+                layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _SequenceParallelNorm
+                layers = config.num_layers // layout.pipeline_parallel
+                block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=_SequenceParallelNorm)
             model = GPTModel(
                 shape,
-                get_gpt_layer_local_spec(normalization="RMSNorm"),
+                block,
                 vocab_size=config.vocab_size,
                 max_sequence_length=seq_len,
                 pre_process=parallel_state.is_pipeline_first_stage(),

@@ -30,7 +30,7 @@ def test_both_take_turns_on_two_processes(pool: WorkerPool, library: Library) ->
     assert [(row.hcx_ms, row.loop_ms) for row in first] == [(row.hcx_ms, row.loop_ms) for row in second]
 
 
-def _losses(library: str) -> list[float]:
+def _losses(library: str, sequence_parallel: bool = False) -> list[float]:
     from hcx.dist import Topology, rehearsal
     from hcx.engine.config import MegatronEngineConfig
     from hcx.recipe.engine_peers import deepspeed_loop, megatron_loop
@@ -47,7 +47,8 @@ def _losses(library: str) -> list[float]:
 
         with rehearsal.redirected():
             acquire_groups(Topology(torch.distributed.get_rank(), 2, tp_size=2))
-        loop = megatron_loop(model, MegatronEngineConfig(tensor_parallel=2), 2, 16)
+        layout = MegatronEngineConfig(tensor_parallel=2, sequence_parallel=sequence_parallel)
+        loop = megatron_loop(model, layout, 2, 16)
     losses = [loop([batch, batch]) for _ in range(30)]
     return [float(loss) for loss in losses if loss is not None]
 
@@ -59,6 +60,12 @@ def test_the_librarys_own_loop_learns_its_batch(pool: WorkerPool, library: str) 
     losses = pool.run(_losses, 2, library)[0]
     assert len(losses) == 30
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_loops_sequence_parallel_norm_gets_whole_gradients(pool: WorkerPool) -> None:
+    pytest.importorskip("megatron.core")
+    whole, parts = (pool.run(_losses, 2, "megatron", split)[0] for split in (False, True))
+    assert parts == pytest.approx(whole, rel=1e-5)
 
 
 def test_other_engines_are_refused() -> None:
