@@ -7,12 +7,12 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hcx.config import Config
-from hcx.errors import DataError, MissingExtra
+from hcx.errors import ConfigError, DataError, MissingExtra
 from hcx.obs.log import get_logger
 
 log = get_logger(__name__)
@@ -137,7 +137,11 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """Mirrors metrics to wandb under one run id, which is kept in `wandb_run_id` beside the JSONL file."""
+    """Mirrors metrics to wandb under one run id, which is kept in `wandb_run_id` beside the JSONL file.
+
+    A mirror that breaks while the run goes on is told once and left: no training is lost for it. SLURM's SIGTERM goes
+    to every process of a step; wandb's service ends on it at once, while the run still saves.
+    """
 
     def __init__(self, directory: str | Path, config: TrackingConfig, run_config: Mapping[str, Any]) -> None:
         try:
@@ -148,19 +152,37 @@ class WandbSink:
         id_file = directory / "wandb_run_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._run = wandb.init(
-            project=config.project,
-            name=config.run_name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            # Offline runs cannot ask the server, so `resume` is only for online ones; the shared id joins the folders.
-            resume="allow" if config.wandb == "online" else None,
-            mode=config.wandb,
-            dir=str(directory),
-            config=dict(run_config),
-        )
+        self._broken = False
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=config.run_name,
+                id=id_file.read_text(encoding="utf-8").strip(),
+                # Offline runs cannot ask the server, so `resume` is only for online ones; the shared id joins the
+                # folders.
+                resume="allow" if config.wandb == "online" else None,
+                mode=config.wandb,
+                dir=str(directory),
+                config=dict(run_config),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"tracking.wandb = {config.wandb!r}: wandb does not start: {error}; use offline, and "
+                "`wandb sync --append` later, or disabled"
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._try(lambda: self._run.log(dict(metrics), step=step))
+
+    def _try(self, work: Callable[[], Any]) -> None:
+        if self._broken:
+            return
+        try:
+            work()
+        except Exception as error:
+            # Whatever it is: its client raises what its connection, its service and its files raise.
+            self._broken = True
+            log.warning("wandb has stopped (%s: %s); metrics.jsonl goes on", type(error).__name__, error)
 
     def event(self, step: int, name: str, details: Mapping[str, Any]) -> None:
         # Events are the JSONL file's; the mirror has curves.
@@ -171,7 +193,7 @@ class WandbSink:
         pass
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
 
 
 def make_sinks(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,50 @@ def test_offline_wandb_keeps_one_run_id_across_restarts(tmp_path: Path) -> None:
     # Both starts may fall into one second: the second folder then gets a number behind the id.
     files = [file.name for folder in folders for file in folder.glob("*.wandb")]
     assert files == [f"run-{run_id}.wandb"] * 2
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from pathlib import Path
+from hcx.obs import TrackingConfig
+from hcx.obs.sinks import make_sinks
+
+def children():
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            yield int(status.parent.name)
+
+sinks = make_sinks(sys.argv[1], TrackingConfig(wandb="offline"), {})
+services = list(children())
+assert services
+for sink in sinks:
+    sink.write(1, {"train/loss": 1.0})
+for service in services:
+    os.kill(service, getattr(signal, sys.argv[2]))
+time.sleep(1.0)
+for step in (2, 3):
+    for sink in sinks:
+        sink.write(step, {"train/loss": 1.0})
+for sink in sinks:
+    sink.close()
+print("went on")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds wandb's service in /proc")
+@pytest.mark.parametrize(("name", "mirrored"), [("SIGTERM", False), ("SIGUSR1", True), ("SIGKILL", False)])
+def test_what_ends_the_mirror_does_not_end_the_run(tmp_path: Path, name: str, mirrored: bool) -> None:
+    """SLURM signals every process of a step when it wants a run to save; wandb's service is one."""
+    pytest.importorskip("wandb")
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path), name]
+    # With a service of its own, whatever another test has left running.
+    environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "went on" in done.stdout
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert ("wandb has stopped" in done.stderr) is not mirrored
