@@ -27,7 +27,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     """Prints a table; columns after the first are right-aligned."""
     view = Table(title=title or None, title_justify="left")
     for number, column in enumerate(columns):
-        view.add_column(column, justify="left" if number == 0 else "right")
+        # Folded where it is narrow: a cell that is cut shows less than was measured.
+        view.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         view.add_row(*(str(cell) for cell in row))
     Console(highlight=False).print(view)
