@@ -31,7 +31,7 @@ def require_made_from(directory: Path, kind: str, recipe: Config) -> None:
         made_from = decode(type(recipe), stated, str(directory)).model_dump(mode="json")
     except ConfigError:
         made_from = stated
-    differing = list(_differences(made_from, recipe.model_dump(mode="json")))
+    differing = _differences(made_from, recipe.model_dump(mode="json"))
     if not differing:
         return
     told = "; ".join(differing[:MOST]) + (f"; {len(differing) - MOST} more" if len(differing) > MOST else "")
