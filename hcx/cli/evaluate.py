@@ -128,22 +128,21 @@ def _look(
     names: list[str] | None, suite: str | None, source: Path | None, data: Path | None, listing: bool, as_json: bool
 ) -> None:
     """`--list` and `--check`: all tasks, or those that are named, with the data that a run would have."""
-    from hcx.evals.catalog import load_suite, task_cards
+    from hcx.evals.catalog import load_suite, require_tasks_or_suite, task_cards
     from hcx.evals.fetch import data_from
 
-    if names and suite:
-        raise EvalError("give either --tasks or --suite, not both")
+    require_tasks_or_suite(names, suite)
     if suite is not None:
         names = [task.name for task in load_suite(suite).tasks]
-    with data_from(names or list(task_cards()), source, data) as found:
-        (_list if listing else _check)(names, found, as_json)
+    wanted = names or list(task_cards())
+    with data_from(wanted, source, data) as found:
+        (_list if listing else _check)(wanted, found, as_json)
 
 
-def _list(names: list[str] | None, data: Path | None, as_json: bool) -> None:
-    from hcx.evals.catalog import find_tasks, status_of, task_cards
+def _list(names: list[str], data: Path | None, as_json: bool) -> None:
+    from hcx.evals.catalog import find_tasks, status_of
 
-    cards = find_tasks(names) if names else list(task_cards().values())
-    rows = [status_of(card, data) for card in cards]
+    rows = [status_of(card, data) for card in find_tasks(names)]
     if as_json:
         print_json([row.to_json() for row in rows])
         return
@@ -154,7 +153,7 @@ def _list(names: list[str] | None, data: Path | None, as_json: bool) -> None:
             echo(f"{row.name}: {row.reason}")
 
 
-def _check(names: list[str] | None, data: Path | None, as_json: bool) -> None:
+def _check(names: list[str], data: Path | None, as_json: bool) -> None:
     from hcx.evals import check
     from hcx.evals.run import is_healthy
 

@@ -273,6 +273,12 @@ def find_tasks(names: Sequence[str]) -> list[TaskCard]:
     return [cards[name] for name in names]
 
 
+def require_tasks_or_suite(tasks: Sequence[str] | None, suite: str | None) -> None:
+    """Raises EvalError: both are named."""
+    if tasks and suite:
+        raise EvalError("give either tasks or a suite, not both")
+
+
 def is_installed(package: str) -> bool:
     """Whether a package could be imported, without importing it."""
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hcx.artifacts import artifact_input, new_artifact
 from hcx.errors import EvalError, did_you_mean
 from hcx.evals.aggregate import aggregate, report_scores
-from hcx.evals.catalog import TaskCard, find_tasks, load_suite, status_of, task_cards
+from hcx.evals.catalog import TaskCard, find_tasks, load_suite, require_tasks_or_suite, status_of, task_cards
 from hcx.evals.chat import is_judged, run_judged
 from hcx.evals.comet import WHY_NONE, chosen_scorer
 from hcx.evals.judge import chosen_judge
@@ -47,8 +47,7 @@ def choose(
     Raises:
         EvalError: a task or suite is unknown, a task asked for by name cannot run, or none is left.
     """
-    if tasks and suite:
-        raise EvalError("give either tasks or a suite, not both")
+    require_tasks_or_suite(tasks, suite)
     if limit is not None and limit < 1:
         raise EvalError(f"limit = {limit}; must be at least 1")
     if tasks:

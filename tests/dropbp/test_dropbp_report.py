@@ -14,6 +14,7 @@ from hcx.dropbp import StepCosts, Trained
 from hcx.errors import ConfigError
 from hcx.obs import read_jsonl
 from hcx.recipe import check_recipe, load_train_recipe
+from hcx.recipe.bench_dropbp import total_by_time
 from hcx.recipe.bench_dropbp_quality import Point, at_time, frozen_sublayers, summarise
 from hcx.report.dropbp import dropbp
 from hcx.report.evidence import Evidence, Run
@@ -121,6 +122,11 @@ def test_the_benchmark_prints_ratios_predictions_and_the_published_mechanism(
     assert row["stored"] < row["published_stored"] < 1
     assert row["total"] > 0
     assert len(out.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize(("beta", "left", "total"), [(2.0, 0.5, 2 / 3), (2.0, 0.25, 0.5), (1.0, 0.125, 0.5625)])
+def test_the_model_of_time_has_the_papers_values(beta: float, left: float, total: float) -> None:
+    assert total_by_time(left, beta) == pytest.approx(total)
 
 
 def test_a_pipeline_is_timed_only_with_drops(capsys: pytest.CaptureFixture[str]) -> None:
