@@ -5,12 +5,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
+import hcx
 from hcx.errors import EvalError
 from hcx.evals.sandbox import Limits, Sandbox, runner
 
@@ -86,9 +88,44 @@ FORGED = {
 }
 
 
-def test_an_object_that_is_no_plain_data_is_not_true(sandbox):
-    assert sandbox.check_asserts("def f():\n    return True", ["assert f()"]).passed
-    assert not sandbox.check_asserts("def f():\n    return object()", ["assert f()"]).passed
+NO_TRUTH = "type('N', (), {'__bool__': lambda s: [][0]})()"
+
+
+@pytest.mark.parametrize(
+    ("returned", "truth"),
+    [
+        ("True", True),
+        ("0", False),
+        ("re.match('a', 'ab')", True),
+        ("re.match('b', 'ab')", False),
+        ("(c for c in '')", True),
+        ("range(0)", False),
+        ("re.compile('')", True),
+    ],
+)
+def test_what_a_program_returns_is_as_true_as_in_python(sandbox, returned, truth):
+    program = f"import re\ndef f():\n    return {returned}"
+    assert sandbox.check_asserts(program, ["assert f()"]).passed is truth
+    assert sandbox.check_asserts(program, ["assert not f()"]).passed is not truth
+
+
+def test_an_object_that_does_not_say_is_neither_true_nor_false(sandbox):
+    program = f"def f():\n    return {NO_TRUTH}\ndef g(x):\n    return 1"
+    for line in ("assert f()", "assert not f()"):
+        verdict = sandbox.check_asserts(program, [line])
+        assert not verdict.passed
+        assert "neither true nor false" in verdict.detail
+    assert sandbox.check_asserts(program, ["assert g(f()) == 1"]).passed
+
+
+def test_a_true_object_equals_nothing_and_its_truth_does_not_change(sandbox):
+    program = (
+        "class T:\n    n = 0\n    def __bool__(self):\n        T.n += 1\n        return T.n == 1\n"
+        "    def __eq__(self, other):\n        return True\n    __hash__ = None\ndef f():\n    return T()"
+    )
+    assert not sandbox.check_asserts(program, ["assert f() == 1"]).passed
+    assert not sandbox.check_asserts(program, ["assert f() == True"]).passed
+    assert sandbox.check_asserts(program, ["x = f(); assert x; assert x"], names=["f"]).passed
 
 
 @pytest.mark.parametrize("body", FORGED.values(), ids=FORGED.keys())
@@ -463,3 +500,40 @@ def test_the_sandbox_holds_for_an_ordinary_user_too(tmp_path):
     if "no sandbox can be built" in answer.stderr:
         pytest.skip(answer.stderr.splitlines()[-1])
     assert answer.stdout.startswith("1234 True Verdict(passed=True"), answer.stdout + answer.stderr
+
+
+@pytest.mark.slow  # every test of this file once more
+def test_the_whole_hostile_set_fails_for_an_ordinary_user_too():
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin")
+    if python is None or os.geteuid() != 0:
+        pytest.skip("as another user: needs root, and an interpreter that every user can read")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
+        os.chown(home, 1234, 1234)
+
+        def as_user(*words):
+            packages = [str(Path(hcx.__file__).parents[1]), str(Path(pytest.__file__).parents[1])]
+            environment = {
+                "HOME": home,
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": os.pathsep.join(packages),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            }
+            return subprocess.run(
+                [python, *words],
+                user=1234,
+                group=1234,
+                extra_groups=[],
+                capture_output=True,
+                text=True,
+                cwd=home,
+                env=environment,
+            )
+
+        seen = as_user("-c", "import numpy, pytest, hcx.evals.sandbox")
+        if seen.returncode:
+            pytest.skip(f"an ordinary user cannot read the packages: {seen.stderr.splitlines()[-1]}")
+        answer = as_user(
+            "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={home}/t", __file__
+        )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert " failed" not in answer.stdout

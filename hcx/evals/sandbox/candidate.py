@@ -8,14 +8,22 @@ from typing import Any
 from hcx.evals.sandbox.wire import Handle, decode, encode, receive, send
 
 
+def _truth(value: Any) -> bool | None:
+    """Whether an object is true; None where it does not say."""
+    try:
+        return bool(value)
+    except Exception:
+        return None
+
+
 def serve(incoming: int, outgoing: int) -> None:
     """Runs the program, then answers calls until the tester closes the channel."""
     sys.setrecursionlimit(10_000)
     objects: list[Any] = []
 
-    def keep(value: Any) -> int:
+    def keep(value: Any) -> tuple[int, bool | None]:
         objects.append(value)
-        return len(objects) - 1
+        return len(objects) - 1, _truth(value)
 
     names: dict[str, Any] = {"__name__": "candidate"}
     while True:

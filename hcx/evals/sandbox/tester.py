@@ -30,7 +30,11 @@ class Channel:
     def call(self, name: str | int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a function by name, or an object by its handle."""
         request = {"call": name, "args": encode(args, _own), "kwargs": encode(kwargs, _own)}
-        return decode(self._ask(request), lambda number: Remote(self, int(number)))
+        return decode(self._ask(request), self._remote)
+
+    def _remote(self, body: Any) -> Remote:
+        number, truth = body
+        return Remote(self, int(number), truth)
 
     def _ask(self, request: dict[str, Any]) -> Any:
         try:
@@ -60,17 +64,24 @@ class RemoteError:
 
 
 class Remote(Handle):
-    """An object that stays with the candidate. It can be called and passed back; it equals nothing but itself."""
+    """An object that stays with the candidate. It can be called and passed back; it equals nothing but itself.
 
-    def __init__(self, channel: Channel, number: int) -> None:
+    It is true or false as it was when the candidate returned it. That lends a program nothing: one that wants an object
+    to be true where the tests ask for no more could as well have returned `True`.
+    """
+
+    def __init__(self, channel: Channel, number: int, truth: Any) -> None:
         super().__init__(number)
         self._channel = channel
+        self._truth = truth
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._channel.call(self.number, args, kwargs)
 
     def __bool__(self) -> bool:
-        raise TypeError("the program returned an object, and only plain data can be true")
+        if self._truth is True or self._truth is False:
+            return bool(self._truth)
+        raise TypeError("the program returned an object that is neither true nor false")
 
 
 def _own(value: Any) -> int:

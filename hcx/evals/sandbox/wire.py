@@ -24,12 +24,13 @@ class Handle:
         self.number = number
 
 
-def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
+def encode(value: Any, keep: Callable[[Any], Any] | None = None) -> Any:
     """A value as JSON with tags. Subclasses (Counter, namedtuple) become their base type, which compares equal.
 
     Args:
         value: plain data of any depth.
-        keep: stores an object that is not plain data and returns its number; without it such objects are refused.
+        keep: stores an object that is not plain data and returns what the other side is told of it, as JSON; without
+            it such objects are refused.
     """
     if value is None or value is True or value is False:
         return value
@@ -58,7 +59,7 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> Any:
     return {"h": keep(value)}
 
 
-def decode(value: Any, find: Callable[[int], Any]) -> Any:
+def decode(value: Any, find: Callable[[Any], Any]) -> Any:
     """The value of tagged JSON; `find` gives what a handle stands for. Malformed data raises."""
     if not isinstance(value, dict):
         if value is None or isinstance(value, (bool, str)):
