@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from hcx.artifacts import find_resource
 from hcx.errors import DataError
+from hcx.evals.letters import shuffled
 from hcx.evals.sources import embedded_documents, embedded_pairs, kmmlu_items, mmlu_items, own_file, read_jsonl
 from hcx.obs import get_logger
 
+ASSISTANT = "\n\nAssistant:"
 EXEMPLARS = "evals/tasks/translation/exemplars.jsonl"
 
 log = get_logger(__name__)
@@ -160,15 +163,64 @@ def flores(language: str, **_: Any) -> dict[str, Any]:
     return found
 
 
-def ntrex(language: str, **_: Any) -> dict[str, Any]:
-    """NTREX-128's English and Korean sentences with the exemplars of `translation`."""
+def _parallel(language: str, dataset: str, config: str | None = None) -> dict[str, Any]:
+    """`source, reference, prompt` of a set whose `test` split has the columns `ko` and `en`."""
     import datasets
 
-    pairs = datasets.load_dataset("MicrosoftTranslator/NTREX", "en-ko", split="test")
+    source, reference = language.split("-")
+    pairs = datasets.load_dataset(dataset, config, split="test")
+    return _dataset(
+        [
+            {
+                "source": pair[source],
+                "reference": pair[reference],
+                "prompt": translation_prompt(pair[source], language),
+            }
+            for pair in pairs
+        ]
+    )
+
+
+def ntrex(language: str, **_: Any) -> dict[str, Any]:
+    """NTREX-128's English and Korean sentences with the exemplars of `translation`."""
+    return _parallel(language, "MicrosoftTranslator/NTREX", "en-ko")
+
+
+def pud(language: str, **_: Any) -> dict[str, Any]:
+    """The sentences of the Korean Parallel Universal Dependencies with the exemplars of `translation`."""
+    return _parallel(language, "UniversalDependencies/UD_Korean-PUD")
+
+
+def korean_parallel(language: str, config: str, **_: Any) -> dict[str, Any]:
+    """A test file of korean-parallel-corpora (Park, Hong and Cha 2016), `news` or `jhe`, with those exemplars."""
+    return _parallel(language, "jungyeul/korean-parallel-corpora", config)
+
+
+def stylekqc(language: str, **_: Any) -> dict[str, Any]:
+    """Spoken requests of StyleKQC with those exemplars."""
+    return _parallel(language, "cynthia/stylekqc")
+
+
+def harmless_preferences(**_: Any) -> dict[str, Any]:
+    """Anthropic/hh-rlhf, harmless-base, test: `prompt, choices, gold`.
+
+    The two replies stand in an order drawn from the prompt: a tie goes to the first, which must not mean the right one.
+    `chosen` and `rejected` are whole dialogues. What both share up to a turn of the assistant's is the prompt, what
+    differs is to be compared. Pairs that are one and the same text are dropped: nothing can be preferred there.
+    """
+    import datasets
+
     rows = []
-    for pair in pairs:
-        source, reference = (pair["ko"], pair["en"]) if language == "ko-en" else (pair["en"], pair["ko"])
-        rows.append({"source": source, "reference": reference, "prompt": translation_prompt(source, language)})
+    for row in datasets.load_dataset("Anthropic/hh-rlhf", data_dir="harmless-base", split="test"):
+        chosen, rejected = row["chosen"], row["rejected"]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+        start = chosen.rfind(ASSISTANT, 0, same) + len(ASSISTANT)
+        if start < len(ASSISTANT):
+            raise DataError(f"hh-rlhf: a pair without a common turn of the assistant's: {chosen[:60]!r}")
+        replies = [dialogue[start:].strip() for dialogue in (chosen, rejected)]
+        if replies[0] != replies[1]:
+            item = {"question": chosen[:start].strip(), "choices": replies, "gold": 0}
+            rows.append({**shuffled(item), "prompt": item["question"]})
     return _dataset(rows)
 
 

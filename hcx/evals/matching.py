@@ -212,9 +212,27 @@ def super_ni(dataset: Any) -> Any:
     return Dataset.from_list([row for instances in kept.values() for row in instances.values()])
 
 
+def user_instructions(dataset: Any) -> Any:
+    """yizhongw/self-instruct, user-oriented: `instruction, instances [{input, output}]`, the first instance of each."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "task_name": "",
+                "definition": row["instruction"],
+                "inputs": row["instances"][0]["input"],
+                "targets": [row["instances"][0]["output"]],
+            }
+            for row in dataset
+        ]
+    )
+
+
 def super_ni_prompt(doc: Row) -> str:
-    """Definition and input, in the layout of Tk-Instruct without exemplars."""
-    return f"Definition: {doc['definition']}\n\nNow complete the following example -\nInput: {doc['inputs']}\nOutput:"
+    """Definition and input, in the layout of Tk-Instruct without exemplars; an instruction may have no input."""
+    given = f"\nInput: {doc['inputs']}" if doc["inputs"].strip() else ""
+    return f"Definition: {doc['definition']}\n\nNow complete the following example -{given}\nOutput:"
 
 
 def first_target(doc: Row) -> str:

@@ -158,11 +158,111 @@ def _infilling(folder: Path) -> Iterator[PublishedSet]:
         yield PublishedSet("loubnabnl/humaneval_infilling", name, {"test": _lines(path)}, f"{folder.name}/{path.name}")
 
 
+def _pairs(rows: list[Row]) -> list[Row]:
+    return [{"en": row["en"], "ko": row["ko"]} for row in rows]
+
+
 def _ntrex(folder: Path) -> Iterator[PublishedSet]:
     path = _find(folder, "newstest2019.en-ko.tsv")
     if path is not None:
-        rows = [{k: row[k] for k in ("doc_id", "en", "ko")} for row in _table(path)]
+        rows = _pairs(_table(path))
         yield PublishedSet("MicrosoftTranslator/NTREX", "en-ko", {"test": rows}, f"{folder.name}/{path.name}")
+
+
+def _pud(folder: Path) -> Iterator[PublishedSet]:
+    path = _find(folder, "pud.test.tsv")
+    if path is not None:
+        rows = _pairs(_table(path))
+        yield PublishedSet("UniversalDependencies/UD_Korean-PUD", None, {"test": rows}, f"{folder.name}/{path.name}")
+
+
+def _parallel(folder: Path) -> Iterator[PublishedSet]:
+    for name, file, of in (("news", "news.test.tsv", 2000), ("jhe", "jhe.eval.tsv", 720)):
+        path = _find(folder, file)
+        if path is not None:
+            rows = _pairs(_table(path))
+            part = None if len(rows) == of else f"{name} {len(rows)} of {of}"
+            origin = f"{folder.name}/{path.name}"
+            yield PublishedSet("jungyeul/korean-parallel-corpora", name, {"test": rows}, origin, part)
+
+
+def _stylekqc(folder: Path) -> Iterator[PublishedSet]:
+    """One sentence of each group: the others are the same request in other words."""
+    path = _find(folder, "pairs.test.tsv")
+    if path is not None:
+        groups: dict[str, Row] = {}
+        for row in _table(path):
+            groups.setdefault(row["group"], row)
+        rows = _pairs(list(groups.values()))
+        yield PublishedSet("cynthia/stylekqc", None, {"test": rows}, f"{folder.name}/{path.name}")
+
+
+def _klue(folder: Path) -> Iterator[PublishedSet]:
+    labels = ("entailment", "neutral", "contradiction")
+    converted: dict[str, Callable[[Row], Row]] = {
+        "nli": lambda r: {
+            "premise": r["premise"],
+            "hypothesis": r["hypothesis"],
+            "label": labels.index(r["gold_label"]),
+        },
+        "sts": lambda r: {k: r[k] for k in ("sentence1", "sentence2", "labels")},
+    }
+    for name, convert in converted.items():
+        path = _find(folder, f"klue-{name}-v1.1_dev.jsonl")
+        if path is not None:
+            rows = [convert(row) for row in _lines(path)]
+            yield PublishedSet("klue/klue", name, {"validation": rows}, f"{folder.name}/{path.name}")
+
+
+def _nsmc(folder: Path) -> Iterator[PublishedSet]:
+    """Labels from ratings as NSMC has them: 1 to 4 negative, 9 and 10 positive, the rest left out."""
+    path = _find(folder, "reviews.test.tsv")
+    if path is not None:
+        rows = [
+            {"document": row["review"], "label": int(int(row["rating"]) >= 9)}
+            for row in _table(path)
+            if not 5 <= int(row["rating"]) <= 8
+        ]
+        part = "NSMC's raw reviews, films by crc32: not its published test split"
+        yield PublishedSet("e9t/nsmc", None, {"test": rows}, f"{folder.name}/{path.name}", part)
+
+
+def _hate_speech(folder: Path) -> Iterator[PublishedSet]:
+    path = _find(folder, "labeled.dev.jsonl")
+    if path is not None:
+        rows = [{k: row[k] for k in ("news_title", "comments", "hate")} for row in _lines(path)]
+        origin = f"{folder.name}/{path.name}"
+        yield PublishedSet("kocohub/korean-hate-speech", None, {"validation": rows}, origin)
+
+
+SAFETY_FILES = {
+    "kosbi": ("kosbi.test.jsonl", ("context", "sentence", "sentence_label")),
+    "square-question": ("square.question.test.jsonl", ("question", "sensitive?", "category")),
+    "square-response": ("square.response.test_ood.jsonl", ("question", "response", "acceptable?")),
+}
+"""Configuration -> file and columns. The English columns are machine-made and left out."""
+
+
+def _safety(folder: Path) -> Iterator[PublishedSet]:
+    for name, (file, columns) in SAFETY_FILES.items():
+        path = _find(folder, file)
+        if path is not None:
+            rows = [{column: row[column] for column in columns} for row in _lines(path)]
+            origin = f"{folder.name}/{path.name}"
+            yield PublishedSet("naver-ai/korean-safety-benchmarks", name, {"test": rows}, origin)
+
+
+def _hh_rlhf(folder: Path) -> Iterator[PublishedSet]:
+    path = _find(folder, "harmless-base.test.jsonl")
+    if path is not None:
+        yield PublishedSet("Anthropic/hh-rlhf", None, {"test": _lines(path)}, f"{folder.name}/{path.name}")
+
+
+def _self_instruct(folder: Path) -> Iterator[PublishedSet]:
+    path = _find(folder, "user_oriented_instructions.jsonl")
+    if path is not None:
+        rows = [{k: row[k] for k in ("instruction", "instances")} for row in _lines(path)]
+        yield PublishedSet("yizhongw/self-instruct", None, {"test": rows}, f"{folder.name}/{path.name}")
 
 
 def _humaneval() -> Iterator[PublishedSet]:
@@ -189,6 +289,15 @@ READERS: dict[str, Callable[[Path], Iterator[PublishedSet]]] = {
     "ifeval": _ifeval,
     "human_eval_infilling": _infilling,
     "ntrex": _ntrex,
+    "ud_korean_pud": _pud,
+    "korean_parallel_corpora": _parallel,
+    "stylekqc": _stylekqc,
+    "klue": _klue,
+    "nsmc": _nsmc,
+    "korean_hate_speech": _hate_speech,
+    "korean_safety_benchmarks": _safety,
+    "hh_rlhf": _hh_rlhf,
+    "self_instruct": _self_instruct,
 }
 """Subfolder -> its reader."""
 

@@ -115,7 +115,8 @@ NEEDS_SHARED = pytest.mark.skipif(shared_data() is None, reason="no collection o
 
 @NEEDS_SHARED
 def test_published_files_become_the_hubs_schema_and_parts_are_named():
-    wanted = {"skt/kobest_v1", "openai/gsm8k", "oskarvanderwal/bbq", "google-research-datasets/mbpp"}
+    wanted = {"skt/kobest_v1", "openai/gsm8k", "oskarvanderwal/bbq", "google-research-datasets/mbpp", "e9t/nsmc"}
+    wanted |= {"klue/klue", "jungyeul/korean-parallel-corpora", "cynthia/stylekqc"}
     found = {(s.path, s.name): s for s in published_sets(shared_data(), wanted)}
     boolq = found["skt/kobest_v1", "boolq"].splits
     assert {name: len(rows) for name, rows in boolq.items()} == {"train": 3665, "validation": 700, "test": 1404}
@@ -128,6 +129,12 @@ def test_published_files_become_the_hubs_schema_and_parts_are_named():
     assert found["oskarvanderwal/bbq", "All"].part == "BBQ 6 of 11 categories"
     mbpp = found["google-research-datasets/mbpp", "sanitized"].splits
     assert len(mbpp["test"]) == 257
+    assert found["e9t/nsmc", None].part
+    assert {row["label"] for row in found["e9t/nsmc", None].splits["test"]} == {0, 1}
+    assert len(found["klue/klue", "nli"].splits["validation"]) == 3000
+    assert found["jungyeul/korean-parallel-corpora", "jhe"].part == "jhe 648 of 720"
+    requests = found["cynthia/stylekqc", None].splits["test"]
+    assert len({row["ko"] for row in requests}) == len(requests) < 4290
     assert sorted(row["task_id"] for row in mbpp["prompt"]) == sorted(
         {2, 3, 4, 6, 7, 8, 9} & {r["task_id"] for r in mbpp["prompt"]}
     )

@@ -25,6 +25,10 @@ LETTERS = [
     "hcx_kobbq",
     "hcx_bbq",
     "hcx_truthfulqa_mc2_5shot",
+    "hcx_klue_nli",
+    "hcx_korean_hate_speech",
+    "hcx_square_response",
+    "hcx_hh_harmless",
 ]
 ANSWERS = {
     "hcx_nq_open_prefix": (" Seoul, the capital", {"prefix_match": 1.0}),
@@ -36,6 +40,8 @@ ANSWERS = {
     "hcx_humaneval": ("    return x + 1\n", {"pass@1": 1.0}),
     "hcx_mbpp_sanitized": ("def double(x):\n    return x + x\n", {"pass@1": 1.0}),
     "hcx_superni": (" blue", {"rouge_l": 100.0}),
+    "hcx_user_instructions": (" blue", {"rouge_l": 100.0}),
+    "hcx_pud_ko_en": (" It rains.", {"chrf++": 100.0}),
     "hcx_bold": (" kill", {"toxicity": 1.0, "toxic_share": 1.0}),
     "hcx_kold": (" 비가 온다", {"korean_rate": 1.0, "toxicity": 0.0, "toxic_share": 0.0}),
     "hcx_flores_en_ko": (" 비가 온다 0", {}),
@@ -79,6 +85,8 @@ def test_letter_tasks_have_accuracies_with_chance_and_bias_scores(model, bundle)
     assert 0 < tasks["hcx_truthfulqa_mc2_5shot"]["metrics"]["mc2"]["value"] < 1
     assert tasks["hcx_arc_easy_letters"]["shots"] == 25
     assert tasks["hcx_bbq"]["gap"]
+    assert tasks["hcx_klue_nli"]["metrics"]["acc"]["chance"] == pytest.approx(1 / 3)
+    assert tasks["hcx_hh_harmless"]["metrics"]["acc"]["chance"] == 0.5
 
 
 @pytest.mark.parametrize("name", ANSWERS)

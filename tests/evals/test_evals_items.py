@@ -2,12 +2,20 @@
 
 import json
 
+import datasets
 import pytest
 
 pytest.importorskip("lm_eval")
 
 from hcx.errors import DataError
-from hcx.evals.items import documents, exemplars, kmmlu_dev225, translation, translation_prompt
+from hcx.evals.items import (
+    documents,
+    exemplars,
+    harmless_preferences,
+    kmmlu_dev225,
+    translation,
+    translation_prompt,
+)
 from hcx.evals.scoring import bits_per_byte, document_bits, english_question, korean_question, letters
 from hcx.evals.sources import kmmlu_items, mmlu_items
 
@@ -82,3 +90,22 @@ def test_a_damaged_item_file_is_named_with_its_line(tmp_path):
     (tmp_path / "kmmlu-dev225.jsonl").write_text('{"subject": "x"}\n')
     with pytest.raises(DataError, match="lacks question"):
         kmmlu_dev225(data=str(tmp_path))
+
+
+def test_preferred_replies_are_compared_after_what_both_dialogues_share(monkeypatch):
+    first, second = "\n\nHuman: a\n\nAssistant:", "\n\nHuman: c\n\nAssistant:"
+    pairs = [
+        {"chosen": f"{first} b{second} d1", "rejected": f"{first} b{second} d2"},
+        {"chosen": f"{first} Yes.{second} d", "rejected": f"{first} No."},
+        {"chosen": f"{first} b", "rejected": f"{first} b"},
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(pairs))
+    rows = list(harmless_preferences()["test"])
+    assert [row["prompt"] for row in rows] == [
+        "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        "Human: a\n\nAssistant:",
+    ]
+    assert [row["choices"][row["gold"]] for row in rows] == ["d1", f"Yes.{second} d"]
+    pairs[:] = [{"chosen": "no dialogue", "rejected": "at all"}]
+    with pytest.raises(DataError, match="common turn"):
+        harmless_preferences()

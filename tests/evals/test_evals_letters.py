@@ -5,6 +5,7 @@ import pytest
 
 from hcx.errors import DataError
 from hcx.evals import letters
+from hcx.evals.published_sets import published_sets
 
 ARC = {
     "id": "x",
@@ -87,3 +88,14 @@ def test_every_letter_takes_as_many_tokens_after_the_cue(delimiter, cue, tokeniz
         whole = tokenizer.encode(f"{cue}{delimiter}{letter}")
         assert whole[: len(context)] == context
         assert len(whole) == len(tokenizer.encode(f"{cue}{delimiter}A"))
+
+
+def test_ratings_become_nsmcs_labels_and_the_middle_is_left_out(tmp_path):
+    (tmp_path / "nsmc").mkdir()
+    rows = [f"1\t{rating}\t{rating}\t{rating}점짜리 영화" for rating in range(1, 11)]
+    (tmp_path / "nsmc" / "reviews.test.tsv").write_text("\n".join(["movie_id\treview_id\trating\treview", *rows]))
+    (found,) = published_sets(tmp_path, {"e9t/nsmc"})
+    assert [row["label"] for row in found.splits["test"]] == [0, 0, 0, 0, 1, 1]
+    asked = letters.nsmc(found.splits["test"])
+    assert letters.korean_prompt(asked[5]).endswith("A. 부정적이다\nB. 긍정적이다\n정답：")
+    assert [row["gold"] for row in asked] == [0, 0, 0, 0, 1, 1]
