@@ -16,9 +16,11 @@ def compress(
         Path | None,
         typer.Option(help="shards of the model's tokenizer; those MODEL was trained on if absent"),
     ] = None,
-    bits: Annotated[str, typer.Option(help="planes, comma-separated")] = "4,3,2",
+    bits: Annotated[str, typer.Option(help="planes, comma-separated; such as 2.5 with bcq-mixed")] = "4,3,2",
     group_size: Annotated[int, typer.Option("--group-size", help="of the other libraries; ours follow from it")] = 64,
-    methods: Annotated[str, typer.Option(help="ours, comma-separated")] = "bcq,bcq-offset",
+    methods: Annotated[
+        str, typer.Option(help="ours, comma-separated: bcq, bcq-offset, bcq-mixed, bcq-nested, ...")
+    ] = "bcq,bcq-offset",
     peers: Annotated[
         str | None, typer.Option(help="rtn, hqq, hqq-axis0, gptq, gptq-actorder; all that are installed if absent")
     ] = None,
@@ -40,11 +42,11 @@ def compress(
     from hcx.recipe.compress_peers import find_peers
 
     try:
-        widths = [int(part) for part in bits.split(",")]
+        widths = [float(part) for part in bits.split(",")]
         split = [part.partition("=") for part in (shares or "").split(",") if part]
         given = {name: float(value) for name, _, value in split}
     except ValueError:
-        raise ConfigError(f"--bits {bits}, --shares {shares}: expected 4,3,2 and ko=0.4,en=0.6") from None
+        raise ConfigError(f"--bits {bits}, --shares {shares}: expected 4,3,2.5 and ko=0.4,en=0.6") from None
     if not widths or not all(1 <= width <= 8 for width in widths) or group_size < 8:
         raise ConfigError(f"--bits {bits}, --group-size {group_size}: 1 to 8 bits, groups of at least 8")
     if quick:
@@ -70,7 +72,7 @@ def compress(
     for width, language in dict.fromkeys((row.bits, row.language) for row in rows):
         own = [row for row in rows if (row.bits, row.language) == (width, language)]
         table(
-            f"{width} bits, {language}: {own[0].tokens:,} held-out tokens, "
+            f"{width:g} bits, {language}: {own[0].tokens:,} held-out tokens, "
             f"full precision {own[0].bits_per_byte_full:.4f} bits per byte",
             ("contender", "group", "bits per weight", "KL (nats per token)", "less the best of ours", "bits per byte"),
             [

@@ -20,7 +20,7 @@ from hcx.errors import ConfigError, DataError
 
 
 def validation_batches(
-    shards: ShardSet, language: str, seq_len: int, micro_batch: int, limit: int | None = None
+    shards: ShardSet, language: str, seq_len: int, micro_batch: int, limit: int | None = None, first: int = 0
 ) -> Iterator[MicroBatch]:
     """Micro-batches that hold every token of the held-out documents as a label of weight 1, exactly once.
 
@@ -32,12 +32,22 @@ def validation_batches(
         language: which language's.
         seq_len: tokens per row.
         micro_batch: rows per micro-batch; the last one may have fewer.
-        limit: only the first so many documents (they are in mixed order); None: all.
+        limit: only so many documents (they are in mixed order); None: all.
+        first: number of the first one.
+
+    Raises:
+        ConfigError: a number is out of range.
+        DataError: there are no such documents.
     """
     if min(seq_len, micro_batch) < 1 or (limit is not None and limit < 1):
         raise ConfigError(f"seq_len = {seq_len}, micro_batch = {micro_batch}, limit = {limit}: must be at least 1")
+    shard = _held_out(shards, language)
+    if not 0 <= first < shard.num_documents:
+        raise DataError(
+            f"{shards.directory}: {language} has {shard.num_documents} held-out documents, none from number {first} on"
+        )
     rows: list[Row] = []
-    for row in _rows(_held_out(shards, language), seq_len, shards.eos_id, limit):
+    for row in _rows(shard, seq_len, shards.eos_id, first, limit):
         rows.append(row)
         if len(rows) == micro_batch:
             yield stack_rows(rows, sources=(language,) * len(rows))
@@ -78,11 +88,11 @@ def _count(shard: Shard, limit: int | None) -> int:
     return shard.num_documents if limit is None else min(limit, shard.num_documents)
 
 
-def _rows(shard: Shard, seq_len: int, eos_id: int, limit: int | None) -> Iterator[Row]:
+def _rows(shard: Shard, seq_len: int, eos_id: int, first: int, limit: int | None) -> Iterator[Row]:
     """Packs windows into rows in order; a window that does not fit opens a new row."""
     windows: list[tuple[np.ndarray, np.ndarray]] = []
     used = 0
-    for number in range(_count(shard, limit)):
+    for number in range(first, shard.num_documents if limit is None else min(first + limit, shard.num_documents)):
         document = np.concatenate([[eos_id], np.asarray(shard.document(number), dtype=np.int64)])
         for begin in range(0, len(document) - 1, seq_len):
             labels = document[begin + 1 : begin + 1 + seq_len]

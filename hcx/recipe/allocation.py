@@ -60,6 +60,109 @@ def stored_bits(rows: int, columns: int, bits: int, module: ModulePlan) -> int:
     return bits * rows * (8 * -(-columns // 8) + groups * scale_bits) + offset
 
 
+@dataclass(frozen=True)
+class Sensitivities:
+    """What the loss rises by when one group of layers alone is quantized, at each width.
+
+    Attributes:
+        shapes: module -> (rows, columns).
+        groups: name -> modules.
+        loss: nats per token at full precision, by language.
+        rises: group -> bits -> language -> rise.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    groups: dict[str, list[str]]
+    loss: dict[str, float]
+    rises: dict[str, dict[int, dict[str, float]]]
+
+
+def read_sensitivities(
+    model: str | Path,
+    shards_directory: str | Path,
+    default: ModulePlan,
+    widths: Sequence[int],
+    by: str = "layer",
+    languages: Sequence[str] | None = None,
+    max_documents: int = 16,
+    seq_len: int = 256,
+    first_document: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Sensitivities:
+    """Reads the loss of held-out documents with each group of layers quantized alone.
+
+    Args:
+        model: full-precision MODEL directory.
+        shards_directory: whose held-out documents are read.
+        default: settings of the quantizer but for the bits; it must need no calibration text.
+        widths: planes to try.
+        by: `matrix`, `layer` (attention and MLP of each block) or `type`.
+        languages: to read; all that have held-out documents if None.
+        max_documents: per language.
+        seq_len: tokens per row.
+        first_document: number of the first one read.
+        progress: called after each reading.
+    """
+    shards = ShardSet.open(shards_directory)
+    chosen = tuple(languages if languages is not None else _shares(shards, None))
+    decoder = load_model(model).decoder
+    shapes = {
+        block.name.removesuffix(".weight"): (block.global_shape[0], block.global_shape[-1])
+        for blocks in decoder.parameter_map().values()
+        for block in blocks
+    }
+    stems = [stem for stem in shapes if stem.startswith("model.layers.") and stem.endswith("_proj")]
+    groups = groups_of(stems, by)
+
+    def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
+        return default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
+
+    def loss(model: Decoder) -> dict[str, float]:
+        return held_out_loss(model, shards, chosen, seq_len, max_documents, first_document)
+
+    whole, rises = measure_sensitivity(decoder, groups, widths, quantized, loss, progress)
+    return Sensitivities({stem: shapes[stem] for stem in stems}, groups, whole, rises)
+
+
+def allocation_of(
+    read: Sensitivities, average_bits: float, base: CompressPlan, shares: Mapping[str, float] | None = None
+) -> AllocationReport:
+    """The plan of least predicted loss that takes no more than `average_bits` planes everywhere would take.
+
+    Args:
+        read: sensitivities at every width to choose from.
+        average_bits: planes per weight.
+        base: everything but the bits; it must not have rules of its own.
+        shares: language -> weight of its loss; equal if None.
+
+    Raises:
+        ConfigError: `average_bits` is outside the widths.
+    """
+    weights = dict.fromkeys(read.loss, 1.0) if shares is None else dict(shares)
+    widths = list(next(iter(read.rises.values())))
+    if not min(widths) <= average_bits <= max(widths):
+        raise ConfigError(f"average_bits = {average_bits}; with widths {widths}: {min(widths)} to {max(widths)}")
+    total = sum(weights.values())
+
+    def cost(name: str, bits: int) -> int:
+        return sum(stored_bits(*read.shapes[stem], bits, base.default) for stem in read.groups[name])
+
+    items = {
+        name: [
+            Choice(bits, cost(name, bits), sum(weights[key] * rise for key, rise in rises[bits].items()) / total)
+            for bits in widths
+        ]
+        for name, rises in read.rises.items()
+    }
+    # What `average_bits` planes everywhere would take: a plane costs the same whichever it is.
+    planes = {name: cost(name, 2) - cost(name, 1) for name in read.groups}
+    budget = sum(cost(name, 1) for name in read.groups) + math.floor((average_bits - 1) * sum(planes.values()) + 1e-6)
+    found = allocate(items, budget)
+    rules = tuple(PlanRule(pattern=name, bits=choice.bits) for name, choice in found.choices.items())
+    mean = sum(choice.bits * planes[name] for name, choice in found.choices.items()) / sum(planes.values())
+    return AllocationReport(base.model_copy(update={"rules": rules}), found, read.loss, read.rises, mean)
+
+
 def allocate_bits(
     model: str | Path,
     shards_directory: str | Path,
@@ -72,7 +175,7 @@ def allocate_bits(
     seq_len: int = 256,
     progress: Callable[[str], None] | None = None,
 ) -> AllocationReport:
-    """The plan of least predicted loss that takes no more than `average_bits` planes everywhere would take.
+    """Sensitivities on held-out text, and the plan that they ask for: `read_sensitivities`, then `allocation_of`.
 
     Args:
         model: full-precision MODEL directory.
@@ -97,43 +200,11 @@ def allocate_bits(
         raise ConfigError(f"widths = {list(widths)}; different numbers from 1 to 8 are allowed")
     if not min(widths) <= average_bits <= max(widths):
         raise ConfigError(f"average_bits = {average_bits}; with widths {list(widths)}: {min(widths)} to {max(widths)}")
-    shards = ShardSet.open(shards_directory)
-    weights = _shares(shards, shares)
-    decoder = load_model(model).decoder
-    shapes = {
-        block.name.removesuffix(".weight"): (block.global_shape[0], block.global_shape[-1])
-        for blocks in decoder.parameter_map().values()
-        for block in blocks
-    }
-    stems = [stem for stem in shapes if stem.startswith("model.layers.") and stem.endswith("_proj")]
-    groups = groups_of(stems, by)
-
-    def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
-        return base.default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
-
-    def loss(model: Decoder) -> dict[str, float]:
-        return held_out_loss(model, shards, tuple(weights), seq_len, max_documents)
-
-    whole, rises = measure_sensitivity(decoder, groups, widths, quantized, loss, progress)
-    total = sum(weights.values())
-
-    def cost(name: str, bits: int) -> int:
-        return sum(stored_bits(*shapes[stem], bits, base.default) for stem in groups[name])
-
-    items = {
-        name: [
-            Choice(bits, cost(name, bits), sum(weights[key] * rise for key, rise in rises[name][bits].items()) / total)
-            for bits in widths
-        ]
-        for name in groups
-    }
-    # What `average_bits` planes everywhere would take: a plane costs the same whichever it is.
-    planes = {name: cost(name, 2) - cost(name, 1) for name in groups}
-    budget = sum(cost(name, 1) for name in groups) + math.floor((average_bits - 1) * sum(planes.values()) + 1e-6)
-    found = allocate(items, budget)
-    rules = tuple(PlanRule(pattern=name, bits=choice.bits) for name, choice in found.choices.items())
-    mean = sum(choice.bits * planes[name] for name, choice in found.choices.items()) / sum(planes.values())
-    return AllocationReport(base.model_copy(update={"rules": rules}), found, whole, rises, mean)
+    weights = _shares(ShardSet.open(shards_directory), shares)
+    read = read_sensitivities(
+        model, shards_directory, base.default, widths, by, tuple(weights), max_documents, seq_len, progress=progress
+    )
+    return allocation_of(read, average_bits, base, weights)
 
 
 def _shares(shards: ShardSet, shares: Mapping[str, float] | None) -> dict[str, float]:
@@ -148,13 +219,18 @@ def _shares(shards: ShardSet, shares: Mapping[str, float] | None) -> dict[str, f
 
 @torch.no_grad()
 def held_out_loss(
-    decoder: Decoder, shards: ShardSet, languages: Sequence[str], seq_len: int, max_documents: int
+    decoder: Decoder,
+    shards: ShardSet,
+    languages: Sequence[str],
+    seq_len: int,
+    max_documents: int,
+    first_document: int = 0,
 ) -> dict[str, float]:
     """Nats per token of held-out documents, by language."""
     found: dict[str, float] = {}
     for language in languages:
         sums: dict[str, float] = defaultdict(float)
-        for batch in validation_batches(shards, language, seq_len, 4, max_documents):
+        for batch in validation_batches(shards, language, seq_len, 4, max_documents, first_document):
             meta = ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)
             logprobs = decoder.output(decoder(batch.tokens, meta)).token_logprobs(batch.labels)
             sums["nats"] -= float((logprobs * batch.weights).sum(dtype=torch.float64))

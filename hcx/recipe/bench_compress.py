@@ -4,6 +4,10 @@ Every contender gets the same weights and the same statistics of the same calibr
 gathered from the full-precision model in one pass, and is scored on the same rows of held-out documents. Group sizes of
 our methods are the smallest that take no more bytes than the leanest peer at that width. The difference to the best of
 ours is paired by row.
+
+`bcq-mixed` gives each block's attention and MLP planes of their own, as many on average as asked for, by sensitivities
+that are read on held-out documents behind those that are scored. Between whole numbers of bits it stands alone: the
+budget lies between those of its neighbours, and peers get the lower width with the smallest groups that fit.
 """
 
 from __future__ import annotations
@@ -19,16 +23,18 @@ import torch
 from torch import Tensor
 
 from hcx.artifacts import digest_file
-from hcx.compress import Calibration, InputStatistics, ModulePlan, collect
+from hcx.compress import Calibration, CompressPlan, InputStatistics, ModulePlan, collect
 from hcx.compress.calibration_text import calibration_batches
 from hcx.data import MicroBatch, ShardSet, validation_batches, validation_bytes
 from hcx.errors import ConfigError
+from hcx.kernels.format import PackedWeight
 from hcx.model.decoder import Decoder
 from hcx.model.load import LoadedModel, ModelFiles, load_model
 from hcx.model.meta import ForwardMeta
 from hcx.model.parts.sources import DenseSource
 from hcx.obs import get_logger
 from hcx.obs.machine import cpu_name
+from hcx.recipe.allocation import Sensitivities, allocation_of, read_sensitivities
 from hcx.recipe.compress_peers import Peer
 from hcx.recipe.quality import Estimate, ratio_estimate
 
@@ -40,9 +46,17 @@ OURS: dict[str, dict[str, Any]] = {
     "bcq-feedback": {"method": "alternating", "feedback": True, "descent": 0},
     "bcq-importance": {"method": "alternating", "importance": True},
     "bcq-plain": {"method": "alternating"},
+    "bcq-mixed": {"method": "alternating", "feedback": True, "descent": 8},
+    "bcq-nested": {"method": "alternating", "feedback": True, "descent": 8},
     "grid": {"method": "searched", "feedback": True, "descent": 8},
 }
 """Settings of our contenders, by the name that `--methods` takes; bits and group size come from the budget."""
+MIXED, NESTED = "bcq-mixed", "bcq-nested"
+SENSITIVITY_DOCUMENTS = 16
+"""Of each language, behind those that are scored."""
+SENSITIVITY_WIDTHS = (1, 2, 3, 4, 5, 6)
+PEER_GROUPS = (16, 32, 64, 128, 256)
+"""Group sizes that peers may take between whole numbers of bits, best first."""
 SAME_WEIGHT = 1e-5
 """A contender that moves no weight by more than this, relative to the largest, has found the model's own grid."""
 
@@ -54,7 +68,7 @@ class CompressRow:
     Attributes:
         model, model_digest: what was quantized.
         contender, library, version: what quantized it.
-        bits: planes, or bits of a code.
+        bits: planes, or bits of a code; the average asked for where they differ by layer.
         group_size: inputs per scale.
         bits_per_weight: everything counted that the format stores.
         language: of the held-out text.
@@ -73,7 +87,7 @@ class CompressRow:
     contender: str
     library: str
     version: str
-    bits: int
+    bits: float
     group_size: int
     bits_per_weight: float
     language: str
@@ -124,10 +138,11 @@ class _Contender:
     version: str
     group_size: int
     bits_per_weight: float
-    quantize: Callable[[Tensor, InputStatistics], Tensor]
+    quantize: Callable[[str, Tensor, InputStatistics], Tensor]
+    """(module, weight, statistics) -> the weight as it would be read back."""
 
 
-def group_within(bits: int, budget: float, offset: bool) -> int:
+def group_within(bits: float, budget: float, offset: bool) -> int:
     """The smallest group size, in steps of 32, whose scales (and offset) fit a budget of bits per weight.
 
     Raises:
@@ -143,7 +158,7 @@ def group_within(bits: int, budget: float, offset: bool) -> int:
 def measure(
     model: Path,
     shards_directory: Path,
-    widths: Sequence[int],
+    widths: Sequence[float],
     methods: Sequence[str],
     peers: dict[str, Peer],
     group_size: int,
@@ -156,7 +171,7 @@ def measure(
     Args:
         model: a full-precision MODEL directory.
         shards_directory: made with its tokenizer; training documents calibrate, held-out ones score.
-        widths: bits.
+        widths: bits; between whole numbers only `bcq-mixed` and the peers take part.
         methods: ours, of `OURS`.
         peers: of `find_peers`.
         group_size: of the peers.
@@ -165,11 +180,10 @@ def measure(
         max_documents: scored per language; all if not given.
 
     Raises:
-        ConfigError: an unknown method, too little held-out text, or a contender that reproduces the model's own grid.
+        ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, or a
+            contender that reproduces the model's own grid.
     """
-    for name in methods:
-        if name not in OURS:
-            raise ConfigError(f"--methods {name}: no such method; valid: {', '.join(OURS)}")
+    _check_methods(methods, widths, peers, max_documents)
     shards, loaded = ShardSet.open(shards_directory), load_model(model)
     batches = calibration_batches(calibration, loaded.config.max_seq_len, loaded.tokenizer, shards)
     log = get_logger(__name__)
@@ -182,11 +196,35 @@ def measure(
     digest = next((digest_file(path) for path in sorted(model.glob("*.safetensors"))), "")
     dense = {stem: _weight(loaded.decoder, stem).clone() for stem in loaded.decoder.linears()}
     shared = (str(model), digest, sum(batch.tokens.numel() for batch in batches))
+    read = None
+    if MIXED in methods:
+        fewest = min(
+            (found, language)
+            for language in shards.languages
+            if (found := shards.shard(language, "validation").num_documents)
+        )
+        if fewest[0] <= (max_documents or 0):
+            raise ConfigError(
+                f"--max-documents {max_documents}: {fewest[1]} has {fewest[0]} held-out documents, and {MIXED} reads "
+                "sensitivities on those behind; score fewer"
+            )
+        log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
+        read = read_sensitivities(
+            model,
+            shards_directory,
+            ModulePlan(group_size=group_size, method="alternating"),
+            SENSITIVITY_WIDTHS,
+            max_documents=SENSITIVITY_DOCUMENTS,
+            seq_len=seq_len,
+            first_document=max_documents or 0,
+            progress=log.info,
+        )
+    nested = _Nested([int(bits) for bits in widths], OURS[NESTED])
     for bits in widths:
-        contenders = _contenders(bits, methods, peers, group_size)
+        contenders = _contenders(bits, methods, peers, group_size, read, nested)
         scores: dict[str, dict[str, _Scores]] = {}
         for one in contenders:
-            log.info("%s, %d bits", one.name, bits)
+            log.info("%s, %g bits", one.name, bits)
             _replace(loaded.decoder, dense, statistics, one)
             scores[one.name] = {name: _score(loaded.decoder, rows) for name, rows in held_out.items()}
         for language, rows in held_out.items():
@@ -196,39 +234,99 @@ def measure(
                 yield _row(one, bits, language, rows, scores[one.name][language], scores[best][language], shared)
 
 
-def _contenders(bits: int, methods: Sequence[str], peers: dict[str, Peer], group_size: int) -> list[_Contender]:
-    budget = min(
-        (peer.bits_per_weight(bits, group_size) for peer in peers.values()),
-        default=bits + 16 * bits / group_size,
-    )
-    found = []
+def _check_methods(
+    methods: Sequence[str], widths: Sequence[float], peers: dict[str, Peer], max_documents: int | None
+) -> None:
     for name in methods:
-        settings = OURS[name]
-        offset = bool(settings.get("offset")) or settings["method"] == "searched"
-        size = group_within(bits, budget, offset)
-        plan = ModulePlan(bits=bits, group_size=size, **settings)
-        found.append(
-            _Contender(
-                name,
-                "hcx",
-                "",
-                size,
-                bits + (16 * bits + (32 if offset else 0)) / size,
-                lambda weight, statistics, plan=plan: plan.quantize(weight, statistics).dequantize(),  # type: ignore[misc]
-            )
+        if name not in OURS:
+            raise ConfigError(f"--methods {name}: no such method; valid: {', '.join(OURS)}")
+    broken = [bits for bits in widths if bits != int(bits)]
+    if broken and MIXED not in methods:
+        raise ConfigError(f"--bits {broken[0]:g}: not a whole number of planes; add --methods {MIXED}")
+    if MIXED in methods and max_documents is None:
+        raise ConfigError(
+            f"--methods {MIXED} reads sensitivities on held-out documents behind those that are scored: say with "
+            "--max-documents how many are scored"
         )
+    if NESTED in methods and (peers or broken or len(widths) < 2):
+        raise ConfigError(
+            f"--methods {NESTED} is one artifact of several whole widths, with groups of one size that cannot match "
+            "the bytes of peers; give --bits 2,3,4 and --peers ''"
+        )
+
+
+class _Nested:
+    """Each weight at several widths, quantized once."""
+
+    def __init__(self, widths: Sequence[int], settings: dict[str, Any]) -> None:
+        self._widths, self._settings = tuple(sorted(widths)), settings
+        self._found: dict[str, PackedWeight] = {}
+
+    def at(self, bits: int, group_size: int, stem: str, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        if stem not in self._found:
+            plan = ModulePlan(bits=self._widths[-1], widths=self._widths, group_size=group_size, **self._settings)
+            packed = plan.quantize(weight, statistics)
+            assert isinstance(packed, PackedWeight)
+            self._found[stem] = packed
+        return self._found[stem].at(bits).dequantize()
+
+
+def budget_of(bits: float, peers: dict[str, Peer], group_size: int) -> float:
+    """Bits per weight of the leanest peer, scales and zero points counted; in proportion between whole numbers."""
+    low, high = (
+        min(
+            (peer.bits_per_weight(whole, group_size) for peer in peers.values()),
+            default=whole + 16 * whole / group_size,
+        )
+        for whole in (math.floor(bits), math.ceil(bits))
+    )
+    return low + (bits - math.floor(bits)) * (high - low)
+
+
+def _contenders(
+    bits: float,
+    methods: Sequence[str],
+    peers: dict[str, Peer],
+    group_size: int,
+    read: Sensitivities | None,
+    nested: _Nested,
+) -> list[_Contender]:
+    budget = budget_of(bits, peers, group_size)
+    whole = bits == int(bits)
+    found = [_ours(name, bits, budget, read, nested) for name in methods if whole or name == MIXED]
     for name, peer in peers.items():
-        found.append(
-            _Contender(
-                name,
-                peer.library,
-                peer.version,
-                group_size,
-                peer.bits_per_weight(bits, group_size),
-                lambda weight, statistics, peer=peer: peer.quantize(weight, statistics, bits, group_size),  # type: ignore[misc]
-            )
-        )
+        sizes = [group_size] if whole else PEER_GROUPS
+        fitting = [size for size in sizes if whole or peer.bits_per_weight(math.floor(bits), size) <= budget]
+        found += [_theirs(name, peer, math.floor(bits), size) for size in fitting[:1]]
     return found
+
+
+def _ours(name: str, bits: float, budget: float, read: Sensitivities | None, nested: _Nested) -> _Contender:
+    settings = OURS[name]
+    offset = bool(settings.get("offset")) or settings["method"] == "searched"
+    size = group_within(bits, budget, offset)
+    average, by_module = bits, {}
+    if name == MIXED:
+        assert read is not None
+        planned = allocation_of(read, bits, CompressPlan(default=ModulePlan(group_size=size)))
+        average = planned.average_bits
+        by_module = {stem: planned.allocation.bits[group] for group, stems in read.groups.items() for stem in stems}
+
+    def quantize(stem: str, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        if name == NESTED:
+            return nested.at(int(bits), size, stem, weight, statistics)
+        plan = ModulePlan(bits=by_module.get(stem, int(bits)), group_size=size, **settings)
+        return plan.quantize(weight, statistics).dequantize()
+
+    cost = average + (16 * average + (32 if offset else 0)) / size
+    return _Contender(name, "hcx", "", size, cost, quantize)
+
+
+def _theirs(name: str, peer: Peer, bits: int, size: int) -> _Contender:
+    def quantize(stem: str, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        return peer.quantize(weight, statistics, bits, size)
+
+    return _Contender(name, peer.library, peer.version, size, peer.bits_per_weight(bits, size), quantize)
 
 
 def _weight(decoder: Decoder, stem: str) -> Tensor:
@@ -246,7 +344,7 @@ def _replace(
     """Puts the contender's weights in; refuses one that gives the model's own weights back."""
     moved = 0.0
     for stem, weight in dense.items():
-        found = contender.quantize(weight, statistics[stem])
+        found = contender.quantize(stem, weight, statistics[stem])
         moved = max(moved, float((found - weight).abs().max() / weight.abs().max().clamp(min=1e-12)))
         _weight(decoder, stem).copy_(found)
     if moved < SAME_WEIGHT:
@@ -301,7 +399,7 @@ def _meta(batch: MicroBatch) -> ForwardMeta:
 
 def _row(
     one: _Contender,
-    bits: int,
+    bits: float,
     language: str,
     rows: _Rows,
     scores: _Scores,
@@ -319,7 +417,7 @@ def _row(
         contender=one.name,
         library=one.library,
         version=one.version or (version("hcx-llm") if one.library == "hcx" else ""),
-        bits=bits,
+        bits=int(bits) if bits == int(bits) else bits,
         group_size=one.group_size,
         bits_per_weight=one.bits_per_weight,
         language=language,

@@ -14,7 +14,7 @@ from hcx.artifacts import artifact_input, new_artifact
 from hcx.cli.main import main
 from hcx.compress import InputStatistics
 from hcx.errors import ConfigError
-from hcx.recipe.bench_compress import group_within
+from hcx.recipe.bench_compress import budget_of, group_within
 from hcx.recipe.compress_peers import PEERS, find_peers
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
@@ -100,6 +100,39 @@ def test_the_command_compares_at_equal_bytes_and_appends_rows(
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
+SMALL = ["--group-size", "32", "--tokens", "1536", "--max-documents", "6", "--json"]
+
+
+def rows_of(model: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, object]]:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "compress", str(model), *SMALL, *arguments])
+    assert ended.value.code == 0
+    rows: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_between_whole_bits_a_plan_by_sensitivity_stands_beside_peers_within_its_bytes(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(model, capsys, "--bits", "2.5,3", "--methods", "bcq,bcq-mixed", "--peers", "rtn")
+    at = {(row["contender"], row["bits"]): row for row in rows if row["language"] == "en"}
+    assert at.keys() == {("bcq-mixed", 2.5), ("rtn", 2.5), ("bcq", 3), ("bcq-mixed", 3), ("rtn", 3)}
+    for bits in (2.5, 3):
+        budget = budget_of(bits, {"rtn": PEERS["rtn"]}, 32)
+        assert all(row["bits_per_weight"] <= budget + 1e-9 for (_, one), row in at.items() if one == bits)  # type: ignore[operator]
+    assert at["rtn", 2.5]["bits_per_weight"] == PEERS["rtn"].bits_per_weight(2, at["rtn", 2.5]["group_size"])  # type: ignore[arg-type]
+
+
+def test_one_nested_artifact_equals_its_narrowest_width_alone_and_is_behind_at_wider_ones(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_of(model, capsys, "--bits", "2,3", "--methods", "bcq,bcq-nested", "--peers", "")
+    at = {(row["contender"], row["bits"]): row for row in rows if row["language"] == "en"}
+    assert at["bcq-nested", 2]["kl"] == at["bcq", 2]["kl"]
+    assert at["bcq", 3]["kl"] < at["bcq-nested", 3]["kl"] < at["bcq", 2]["kl"]  # type: ignore[operator]
+    assert {row["group_size"] for row in rows} == {32}
+
+
 def test_a_model_on_the_contenders_own_grid_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +171,11 @@ def test_a_model_on_the_contenders_own_grid_is_refused(
     [
         (["--methods", "bqc"], "valid: bcq"),
         (["--peers", "awq"], "valid: rtn, hqq"),
-        (["--bits", "4,x"], "expected 4,3,2"),
+        (["--bits", "4,x"], "expected 4,3,2.5"),
+        (["--bits", "2.5"], "add --methods bcq-mixed"),
+        (["--methods", "bcq-mixed"], "say with --max-documents"),
+        (["--methods", "bcq-mixed", "--max-documents", "500", "--tokens", "768"], "score fewer"),
+        (["--methods", "bcq-nested"], "cannot match the bytes of peers"),
         (["--bits", "9"], "1 to 8 bits"),
         (["--max-documents", "1", "--tokens", "768"], "an interval needs two"),
         (["--shares", "kr=1"], "valid: code, en, ko"),
