@@ -18,7 +18,7 @@ from hcx.artifacts import find_resource, resource_names
 from hcx.config import Config, decode, load_config
 from hcx.errors import ConfigError, EvalError, did_you_mean
 from hcx.evals.bundle import read_index
-from hcx.evals.sources import DATA_VARIABLE, Source, data_directory, missing_data
+from hcx.evals.sources import DATA_SETS, DATA_VARIABLE, Source, data_directory, missing_data
 
 TASKS = "evals/tasks"
 SUITES = "evals/suites"
@@ -59,7 +59,8 @@ class TaskMetadata(Config):
     category: Category
     """What is measured."""
     source: Source
-    """Where the items come from; `hub`: the data set that the task file names, from a bundle."""
+    """Where the items come from; `hub`: the data set that the task file names, from a bundle; `files`: one that is not
+    on the hub, made from its authors' files (`hcx eval fetch --from`)."""
     rows: tuple[str, ...] = ()
     """Rows of the HyperCLOVA X report's list of benchmarks that this task answers."""
     gap: str = ""
@@ -332,7 +333,7 @@ def _suite(name: str) -> Suite:
 
 
 def _missing_data(card: TaskCard, data: str | Path | None) -> str:
-    if card.metadata.source != "hub":
+    if card.metadata.source not in DATA_SETS:
         return missing_data(card.metadata.source, card.metadata.language, data) or ""
     folder = data_directory(data)
     if folder is not None and not folder.is_dir():
@@ -347,6 +348,8 @@ def _missing_data(card: TaskCard, data: str | Path | None) -> str:
         if card.is_ours and card.datasets and set(card.datasets) <= held:
             return ""
     names = ", ".join(path if name is None else f"{path} ({name})" for path, name in card.datasets)
+    if card.metadata.source == "files":
+        return f"needs {names}, which is not on the hub: its authors' files in a FOLDER, then --from FOLDER"
     return f"needs {names}: hcx eval fetch {card.name} --out BUNDLE where there is a network, then --data BUNDLE"
 
 

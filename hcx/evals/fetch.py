@@ -12,9 +12,10 @@ from typing import Any
 from hcx.artifacts import new_artifact
 from hcx.errors import EvalError
 from hcx.evals.bundle import KIND, DatasetEntry, Recorder
-from hcx.evals.catalog import TaskCard, find_tasks, load_suite, suite_names
+from hcx.evals.catalog import TaskCard, find_tasks, load_suite, status_of, suite_names
 from hcx.evals.chat import is_judged
 from hcx.evals.published_sets import add_published
+from hcx.evals.sources import DATA_SETS
 
 
 def cards_named(names: Sequence[str]) -> list[TaskCard]:
@@ -33,7 +34,7 @@ def cards_named(names: Sequence[str]) -> list[TaskCard]:
 def needs_hub(card: TaskCard) -> bool:
     """Whether a card reads data sets that a bundle can hold."""
     unavailable = card.benchmark is not None and bool(card.benchmark.unavailable)
-    return card.metadata.source == "hub" and not unavailable
+    return card.metadata.source in DATA_SETS and not unavailable
 
 
 def fetch(names: Sequence[str], out: str | Path, folder: str | Path | None = None) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def _from_hub(recorder: Recorder, cards: Sequence[TaskCard]) -> None:
             else:
                 load_tasks([card], None, None, access)
         except Exception as error:
-            recorder.failed[card.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            recorder.failed[card.name] = status_of(card).reason if card.metadata.source == "files" else told
 
 
 def _no_revision(path: str) -> str | None:

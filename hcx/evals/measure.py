@@ -10,6 +10,7 @@ import numpy as np
 
 from hcx.evals.catalog import TaskCard
 from hcx.evals.comet import TranslationScorer
+from hcx.evals.sources import DATA_SETS
 from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio
 
 Rows = Sequence[dict[str, Any]]
@@ -30,7 +31,7 @@ def measure(card: TaskCard, parts: Mapping[str, tuple[Any, Rows]], comet: Transl
     if card.metadata.category == "translation":
         ((_, rows),) = parts.values()
         return translations(card, rows, comet)
-    if card.metadata.source != "hub":
+    if card.metadata.source not in DATA_SETS:
         ((_, rows),) = parts.values()
         by_category = {"language modelling": documents, "knowledge": questions}
         return by_category[card.metadata.category](card, rows)

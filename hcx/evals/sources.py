@@ -20,7 +20,10 @@ import hcx
 from hcx.artifacts import find_resource
 from hcx.errors import DataError
 
-Source = Literal["embedded-text", "embedded-pairs", "kmmlu-dev225", "mmlu-dev282", "hub"]
+Source = Literal["embedded-text", "embedded-pairs", "kmmlu-dev225", "mmlu-dev282", "hub", "files"]
+
+DATA_SETS: tuple[Source, ...] = ("hub", "files")
+"""Sources that a bundle holds: data sets of the hub, and those that only their authors' repositories publish."""
 
 DATA_VARIABLE = "HCX_EVAL_DATA"
 """Environment variable that names the folder of item files when `--data` does not."""

@@ -143,3 +143,9 @@ def test_packages_are_asked_for_by_the_extra_that_holds_them(monkeypatch: pytest
     assert status_of(task_cards()["ifeval"]).reason.endswith("pip install 'hcx-llm[eval]'")
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
     assert set(EXTRA_OF.values()) <= set(project["project"]["optional-dependencies"])
+
+
+def test_a_set_that_is_not_on_the_hub_is_asked_for_as_files() -> None:
+    cards = task_cards()
+    assert "its authors' files in a FOLDER, then --from FOLDER" in status_of(cards["hcx_kosbi"]).reason
+    assert "hcx eval fetch hcx_klue_nli --out BUNDLE" in status_of(cards["hcx_klue_nli"]).reason
