@@ -98,4 +98,6 @@ def test_ratings_become_nsmcs_labels_and_the_middle_is_left_out(tmp_path):
     assert [row["label"] for row in found.splits["test"]] == [0, 0, 0, 0, 1, 1]
     asked = letters.nsmc(found.splits["test"])
     assert letters.korean_prompt(asked[5]).endswith("A. 부정적이다\nB. 긍정적이다\n정답：")
-    assert [row["gold"] for row in asked] == [0, 0, 0, 0, 1, 1]
+    labels = [row["gold"] for row in asked]
+    assert sorted(labels) == [0, 0, 0, 0, 1, 1] != labels
+    assert [row["question"] for row in letters.nsmc(found.splits["test"][::-1])] == [row["question"] for row in asked]
