@@ -160,14 +160,26 @@ def quiet_lm_eval() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    import datasets
     from tqdm import tqdm
 
     # Bars that lm-eval offers no switch for; those with a switch are switched off where they are called.
-    shown = tqdm.__init__
+    shown, bars = tqdm.__init__, datasets.are_progress_bars_disabled()
     tqdm.__init__ = partialmethod(shown, disable=True)  # type: ignore[method-assign]
+    datasets.disable_progress_bars()
+    registry = logging.getLogger("lm_eval.api.registry")
+    registry.addFilter(_is_no_lookup)
     try:
         yield
     finally:
+        registry.removeFilter(_is_no_lookup)
+        if not bars:
+            datasets.enable_progress_bars()
         tqdm.__init__ = shown  # type: ignore[method-assign]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _is_no_lookup(record: logging.LogRecord) -> bool:
+    """False for lm-eval's notice that a metric which a task computes itself is not on the hub either."""
+    return "not found in the evaluate library" not in record.getMessage()

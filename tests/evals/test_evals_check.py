@@ -1,5 +1,8 @@
 """`hcx eval --check`: every task of ours is loaded strictly, with its functions, on rows of its data set's schema."""
 
+import logging
+
+import datasets
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -64,3 +67,13 @@ def test_a_task_that_lm_eval_would_skip_is_reported_as_broken(tmp_path, monkeypa
     else:
         assert row["status"] == "needs-data"
     assert run.is_healthy([row]) is (not reason)
+
+
+def test_a_lookup_on_the_hub_that_no_task_needs_is_not_reported_and_errors_are(caplog):
+    registry = logging.getLogger("lm_eval.api.registry")
+    with loading.quiet_lm_eval():
+        assert datasets.are_progress_bars_disabled()
+        registry.error("f1 not found in the evaluate library! Please check it")
+        registry.error("something else")
+    registry.error("f1 not found in the evaluate library! Please check it")
+    assert [record.getMessage()[:14] for record in caplog.records] == ["something else", "f1 not found i"]
