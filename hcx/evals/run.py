@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from hcx.evals.programs import Sentinels
 from hcx.evals.toxicity import scorer_identity
 
 if TYPE_CHECKING:
+    from hcx.evals.lm import HcxLM
     from hcx.model.load import LoadedModel
 
 KIND = "eval"
@@ -180,7 +182,7 @@ def _run(
         chosen = with_sentinels(chosen, directory, skipped, named=settings["suite"] is None)
         runnable = [item.card for item in chosen if not is_judged(item.card)]
         loaded = load_tasks(runnable, str(directory), data)
-        chosen = _that_fit(chosen, loaded, lm.max_length, skipped, named=settings["suite"] is None)
+        chosen = _that_fit(chosen, loaded, lm, skipped, named=settings["suite"] is None)
         items = {
             name: list(range(_smaller(item.limit, len(loaded.tasks[name].eval_docs)) or 0))
             for item in chosen
@@ -261,18 +263,18 @@ def with_sentinels(chosen: Sequence[Chosen], directory: Path, skipped: dict[str,
 
 
 def _that_fit(
-    chosen: Sequence[Chosen], loaded: LoadedTasks, max_length: int, skipped: dict[str, str], named: bool
+    chosen: Sequence[Chosen], loaded: LoadedTasks, lm: HcxLM, skipped: dict[str, str], named: bool
 ) -> list[Chosen]:
     """The tasks whose answers fit the model; found out before hours of work, not after."""
     able = []
     for item in chosen:
         name = item.card.name
         tasks = [loaded.tasks[part] for part in loaded.parts.get(name, ())]
-        limit = max((int((t.config.generation_kwargs or {}).get("max_gen_toks", 0)) for t in tasks), default=0)
-        if limit < max_length:
+        longest = max((_longest_answer(task, item.limit, lm) for task in tasks), default=0)
+        if longest < lm.max_length:
             able.append(item)
             continue
-        reason = f"unavailable: answers take {limit} tokens, the model {max_length} with the prompt"
+        reason = f"unavailable: answers take {longest} tokens, the model {lm.max_length} with the prompt"
         if named:
             raise EvalError(f"task {name!r}: {reason}")
         skipped[name] = reason
@@ -280,6 +282,15 @@ def _that_fit(
     if not able:
         raise EvalError("no task can run:\n" + "\n".join(f"  {name}: {why}" for name, why in skipped.items()))
     return able
+
+
+def _longest_answer(task: Any, limit: int | None, lm: HcxLM) -> int:
+    """Tokens of the longest answer: what may be generated, or the longest option of the items that are asked."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return int((task.config.generation_kwargs or {}).get("max_gen_toks", 0))
+    documents = islice(task.eval_docs, _smaller(limit, len(task.eval_docs)))
+    options = {str(option) for document in documents for option in task.doc_to_choice(document)}
+    return max((len(lm.tok_encode(option)) for option in options), default=0)
 
 
 def check(tasks: Sequence[str] | None = None, data: str | Path | None = None) -> list[dict[str, Any]]:

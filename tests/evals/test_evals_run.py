@@ -13,6 +13,7 @@ from hcx.artifacts import read_manifest, verify
 from hcx.errors import EvalError
 from hcx.evals import check, evaluate
 from hcx.evals.catalog import find_tasks
+from hcx.evals.fetch import fetch
 from hcx.evals.run import Chosen, with_sentinels
 from hcx.testing.evaluation import evaluable_directory
 
@@ -161,6 +162,18 @@ def test_a_task_of_a_suite_whose_answers_do_not_fit_the_model_is_left_out_with_t
     assert "the model 96" in results["skipped"]["hcx_translation_ko_en"]
     with pytest.raises(EvalError, match="96 tokens"):
         evaluate(short, tasks=["hcx_translation_ko_en"], data=item_files)
+
+
+def test_options_that_do_not_fit_the_model_are_found_out_before_the_work(tmp_path):
+    short = evaluable_directory(tmp_path / "short", max_seq_len=96)
+    begin = "\n\nHuman: Hi\n\nAssistant:"
+    pair = {"chosen": f"{begin} {'No. ' * 400}", "rejected": f"{begin} Yes."}
+    bundle = tmp_path / "bundle"
+    (tmp_path / "files" / "hh_rlhf").mkdir(parents=True)
+    (tmp_path / "files" / "hh_rlhf" / "harmless-base.test.jsonl").write_text(json.dumps(pair))
+    fetch(["hcx_hh_harmless"], bundle, tmp_path / "files")
+    with pytest.raises(EvalError, match=r"'hcx_hh_harmless': unavailable: answers take \d+ tokens, the model 96"):
+        evaluate(short, tasks=["hcx_hh_harmless"], data=bundle)
 
 
 def test_infilling_is_left_out_of_a_suite_where_the_tokenizer_has_no_tokens_for_it(tmp_path):
