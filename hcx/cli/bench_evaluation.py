@@ -12,7 +12,20 @@ from hcx.cli.output import append_csv, table, write_rows
 LETTERS = ("hcx_kmmlu_dev225", "hcx_mmlu_dev282")
 """What is scored where no task is named: they need no data but lm-eval."""
 
-PUBLISHED = ("kobest_boolq", "kobest_hellaswag", "kobest_wic", "hcx_bbq")
+PUBLISHED = (
+    "kobest_boolq",
+    "kobest_hellaswag",
+    "kobest_wic",
+    "hcx_klue_nli",
+    "hcx_klue_sts",
+    "hcx_nsmc",
+    "hcx_bbq",
+    "hcx_korean_hate_speech",
+    "hcx_kosbi",
+    "hcx_square_question",
+    "hcx_square_response",
+    "hcx_hh_harmless",
+)
 """Tasks of multiple choice in the suite `published`, compared where its files are named."""
 
 

@@ -12,6 +12,9 @@ from typing import Any
 from hcx.errors import EvalError
 from hcx.evals.catalog import find_tasks, status_of
 from hcx.evals.loading import load_tasks, quiet_lm_eval
+from hcx.obs import get_logger
+
+log = get_logger(__name__)
 
 AGREE = 1e-4
 """fp32 log-probabilities of one request, in nats."""
@@ -89,16 +92,20 @@ def measure(
     Raises:
         EvalError: a task cannot run here, or is of another kind.
     """
-    return [
-        _measure(name, requests, ours, theirs, repeats, batch_size)
-        for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size)
-    ]
+    rows = []
+    for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size):
+        if reason := _does_not_fit(requests, ours):
+            raise EvalError(f"task {name!r}: {reason}")
+        rows.append(_measure(name, requests, ours, theirs, repeats, batch_size))
+    return rows
 
 
 def compare(
     model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int | None = None, batch_size: int = 8
 ) -> list[ComparedRow]:
     """Scores tasks of multiple choice once under each backend in fp32, and holds each item against each.
+
+    Tasks whose options are longer than the model are left out with a warning: neither backend can score them.
 
     Args:
         model: a directory in Hugging Face's layout, full precision.
@@ -112,6 +119,9 @@ def compare(
     """
     rows = []
     for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size):
+        if reason := _does_not_fit(requests, ours):
+            log.warning("%s: left out: %s", name, reason)
+            continue
         left, right = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
         chosen, expected = _chosen(requests, left), _chosen(requests, right)
         rows.append(
@@ -155,6 +165,14 @@ def _both(
             if not found or any(request.request_type != "loglikelihood" for request in found):
                 raise EvalError(f"task {card.name!r}: this measurement is for multiple choice")
             yield card.name, found, ours, theirs
+
+
+def _does_not_fit(requests: Sequence[Any], lm: Any) -> str:
+    """Why the options do not fit the model; empty if they do."""
+    longest = max(len(lm.tok_encode(option)) for option in {request.args[1] for request in requests})
+    return (
+        "" if longest < lm.max_length else f"options take {longest} tokens, the model {lm.max_length} with the prompt"
+    )
 
 
 def _measure(name: str, requests: list[Any], ours: Any, theirs: Any, repeats: int, batch_size: int) -> ScoringRow:

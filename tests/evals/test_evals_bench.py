@@ -18,8 +18,8 @@ from hcx.testing.evaluation import evaluable_directory
 
 
 class Asked:
-    def __init__(self, item):
-        self.task_name, self.doc_id = "t", item
+    def __init__(self, item, option="yes"):
+        self.task_name, self.doc_id, self.args = "t", item, ("context", option)
 
 
 def test_the_chosen_option_is_the_most_likely_and_the_first_of_equals():
@@ -34,8 +34,13 @@ def test_a_task_that_cannot_run_is_refused(tmp_path):
 
 
 class Answering:
+    max_length = 8
+
     def __init__(self, answers):
         self.answers = answers
+
+    def tok_encode(self, text):
+        return text.split()
 
     def loglikelihood(self, requests, disable_tqdm):
         return self.answers
@@ -51,6 +56,16 @@ def test_items_whose_answers_differ_are_named(monkeypatch):
     assert row.differing == ("t:1",)
     assert row.differing_greedy == 1
     assert row.largest_difference == 1.5
+
+
+def test_options_longer_than_the_model_are_left_out_of_a_comparison_and_refused_by_a_measurement(monkeypatch, caplog):
+    long = [Asked(0, "a " * 8), Asked(0, "b")]
+    lm = Answering([(-1.0, True), (-2.0, False)])
+    monkeypatch.setattr(bench, "_both", lambda *_: [("long", long, lm, lm), ("short", [Asked(0), Asked(0)], lm, lm)])
+    assert [row.task for row in compare("model", ["long", "short"], None)] == ["short"]
+    assert "long: left out: options take 8 tokens, the model 8 with the prompt" in caplog.text
+    with pytest.raises(EvalError, match="task 'long': options take 8 tokens"):
+        measure("model", ["long", "short"], None, 4)
 
 
 def test_both_backends_answer_alike_on_items_of_ours(tmp_path, item_files):
