@@ -286,8 +286,10 @@ def _that_fit(
 
 def _longest_answer(task: Any, limit: int | None, lm: HcxLM) -> int:
     """Tokens of the longest answer: what may be generated, or the longest option of the items that are asked."""
+    if task.OUTPUT_TYPE == "generate_until":
+        return int((task.config.generation_kwargs or {}).get("max_gen_toks", lm.max_gen_toks))
     if task.OUTPUT_TYPE != "multiple_choice":
-        return int((task.config.generation_kwargs or {}).get("max_gen_toks", 0))
+        return 0
     documents = islice(task.eval_docs, _smaller(limit, len(task.eval_docs)))
     options = {str(option) for document in documents for option in task.doc_to_choice(document)}
     return max((len(lm.tok_encode(option)) for option in options), default=0)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from hcx.errors import EvalError
 from hcx.evals import check, evaluate
 from hcx.evals.catalog import find_tasks
 from hcx.evals.fetch import fetch
-from hcx.evals.run import Chosen, with_sentinels
+from hcx.evals.run import Chosen, _longest_answer, with_sentinels
 from hcx.testing.evaluation import evaluable_directory
 
 ALL = [
@@ -162,6 +163,14 @@ def test_a_task_of_a_suite_whose_answers_do_not_fit_the_model_is_left_out_with_t
     assert "the model 96" in results["skipped"]["hcx_translation_ko_en"]
     with pytest.raises(EvalError, match="96 tokens"):
         evaluate(short, tasks=["hcx_translation_ko_en"], data=item_files)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"max_gen_toks": 7}, 7), ({"until": ["x"]}, 256), (None, 256)])
+def test_a_task_that_does_not_say_how_long_its_answers_are_takes_as_many_tokens_as_lm_eval_gives(given, expected):
+    task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(generation_kwargs=given))
+    assert _longest_answer(task, None, SimpleNamespace(max_gen_toks=256)) == expected
+    task.OUTPUT_TYPE = "loglikelihood_rolling"
+    assert _longest_answer(task, None, SimpleNamespace(max_gen_toks=256)) == 0
 
 
 def test_options_that_do_not_fit_the_model_are_found_out_before_the_work(tmp_path):
