@@ -256,6 +256,22 @@ def square_response(dataset: Any) -> Any:
     return _rows(dataset, convert, mixed=True)
 
 
+def score_classes(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    """Whether the letter of the highest log-probability is right, and (gold, chosen) for `balanced_accuracy`."""
+    logprobs = [float(answer[0]) for answer in results]
+    chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
+    return {"acc": float(chosen == doc["gold"]), "balanced_acc": (int(doc["gold"]), chosen)}
+
+
+def balanced_accuracy(items: Sequence[tuple[int, int]]) -> float:
+    """The mean over the classes of the share of each that is recognised: one who always says the same is at chance,
+    however rare the other classes are. Classes without an item are left out."""
+    found: dict[int, list[bool]] = {}
+    for gold, chosen in items:
+        found.setdefault(gold, []).append(chosen == gold)
+    return sum(sum(right) / len(right) for right in found.values()) / len(found)
+
+
 def plain_letters(doc: Row) -> list[str]:
     """The letters of an item's options: A, B, ..."""
     return list(KOBALT_LETTERS[: len(doc["choices"])])

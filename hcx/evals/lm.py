@@ -323,7 +323,7 @@ class HcxLM(TemplateLM):
                 if room <= 0:
                     raise EvalError(
                         f"max_gen_toks = {limit} leaves no room for a prompt: the model takes {self.max_length} "
-                        "tokens; give a smaller max_gen_toks or a larger max_length"
+                        "tokens; give a smaller max_gen_toks"
                     )
                 prompts = [
                     self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id] for number in numbers

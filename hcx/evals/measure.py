@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,12 @@ def _estimate(name: str, rows: Rows, aggregation: Callable[[Any], float]) -> Est
             chance = _chance(rows) if name in ("acc", "acc_norm") and _is_multiple_choice(rows) else None
             return accuracy(numbers, chance)
         return bootstrap(np.asarray(numbers), lambda part: float(part.mean()))
-    return bootstrap(
+    estimate = bootstrap(
         np.arange(len(values)), lambda index: float(aggregation([values[i] for i in index])), SET_RESAMPLES
     )
+    if name == "balanced_acc" and _is_multiple_choice(rows):
+        return replace(estimate, chance=_chance(rows))
+    return estimate
 
 
 def _is_multiple_choice(rows: Rows) -> bool:

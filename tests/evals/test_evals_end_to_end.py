@@ -85,7 +85,9 @@ def test_letter_tasks_have_accuracies_with_chance_and_bias_scores(model, bundle)
     assert 0 < tasks["hcx_truthfulqa_mc2_5shot"]["metrics"]["mc2"]["value"] < 1
     assert tasks["hcx_arc_easy_letters"]["shots"] == 25
     assert tasks["hcx_bbq"]["gap"]
-    assert tasks["hcx_klue_nli"]["metrics"]["acc"]["chance"] == pytest.approx(1 / 3)
+    assert set(tasks["hcx_klue_nli"]["metrics"]) == {"balanced_acc", "acc"}
+    for entry in tasks["hcx_klue_nli"]["metrics"].values():
+        assert entry["chance"] == pytest.approx(1 / 3)
     assert tasks["hcx_hh_harmless"]["metrics"]["acc"]["chance"] == 0.5
 
 

@@ -101,3 +101,13 @@ def test_ratings_become_nsmcs_labels_and_the_middle_is_left_out(tmp_path):
     labels = [row["gold"] for row in asked]
     assert sorted(labels) == [0, 0, 0, 0, 1, 1] != labels
     assert [row["question"] for row in letters.nsmc(found.splits["test"][::-1])] == [row["question"] for row in asked]
+
+
+def test_one_who_always_says_the_same_is_at_chance_however_rare_the_other_class_is():
+    asked = [{"gold": int(number < 24)} for number in range(25)]
+    always_second = [letters.score_classes(doc, [(-2.0, False), (-1.0, True)]) for doc in asked]
+    assert sum(row["acc"] for row in always_second) / 25 == 0.96
+    pairs = [row["balanced_acc"] for row in always_second]
+    assert letters.balanced_accuracy(pairs) == 0.5
+    assert letters.balanced_accuracy([(0, 0), (1, 1), (1, 0), (2, 1)]) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert letters.balanced_accuracy([(1, 1), (1, 0)]) == 0.5
