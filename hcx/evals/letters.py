@@ -257,18 +257,22 @@ def square_response(dataset: Any) -> Any:
 
 
 def score_classes(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """Whether the letter of the highest log-probability is right, and (gold, chosen) for `balanced_accuracy`."""
+    """Whether the likeliest letter is right, and (gold, chosen, number of classes) for `balanced_accuracy`."""
     logprobs = [float(answer[0]) for answer in results]
     chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
-    return {"acc": float(chosen == doc["gold"]), "balanced_acc": (int(doc["gold"]), chosen)}
+    return {"acc": float(chosen == doc["gold"]), "balanced_acc": (int(doc["gold"]), chosen, len(logprobs))}
 
 
-def balanced_accuracy(items: Sequence[tuple[int, int]]) -> float:
-    """The mean over the classes of the share of each that is recognised: one who always says the same is at chance,
-    however rare the other classes are. Classes without an item are left out."""
+def balanced_accuracy(items: Sequence[tuple[int, int, int]]) -> float:
+    """The mean over the classes of the share of each that is recognised; not a number where a class has no item.
+
+    One who always says the same is at chance, however rare the other classes are.
+    """
     found: dict[int, list[bool]] = {}
-    for gold, chosen in items:
+    for gold, chosen, _ in items:
         found.setdefault(gold, []).append(chosen == gold)
+    if len(found) < items[0][2]:
+        return float("nan")
     return sum(sum(right) / len(right) for right in found.values()) / len(found)
 
 

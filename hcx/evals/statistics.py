@@ -26,6 +26,8 @@ RESAMPLES = 1000
 SEED = 20240607
 FEW = 12
 """Up to so many pairs, every assignment of signs is tried."""
+ROUNDING = 1e-9
+"""Of a sum of shares."""
 MINIMUM = 2
 """With fewer items there is no spread to estimate."""
 
@@ -55,7 +57,8 @@ class Estimate:
         """Whether guessing cannot be told from this score; None where chance or the interval is not defined."""
         if self.chance is None or self.interval is None:
             return None
-        return self.interval[0] <= self.chance <= self.interval[1]
+        # One who always says the same is at chance exactly, with an interval of no width: sums may round either way.
+        return self.interval[0] - ROUNDING <= self.chance <= self.interval[1] + ROUNDING
 
     def to_json(self) -> dict[str, Any]:
         """The metric's entry in `results.json`."""

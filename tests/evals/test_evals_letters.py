@@ -1,5 +1,7 @@
 """Letter-answer tasks: rows of one form, options shuffled the same way everywhere, every letter one token."""
 
+import math
+
 import datasets
 import pytest
 
@@ -109,5 +111,6 @@ def test_one_who_always_says_the_same_is_at_chance_however_rare_the_other_class_
     assert sum(row["acc"] for row in always_second) / 25 == 0.96
     pairs = [row["balanced_acc"] for row in always_second]
     assert letters.balanced_accuracy(pairs) == 0.5
-    assert letters.balanced_accuracy([(0, 0), (1, 1), (1, 0), (2, 1)]) == pytest.approx((1 + 0.5 + 0) / 3)
-    assert letters.balanced_accuracy([(1, 1), (1, 0)]) == 0.5
+    three = [(0, 0, 3), (1, 1, 3), (1, 0, 3), (2, 1, 3)]
+    assert letters.balanced_accuracy(three) == pytest.approx((1 + 0.5 + 0) / 3)
+    assert math.isnan(letters.balanced_accuracy(three[:3]))

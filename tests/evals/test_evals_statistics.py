@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from hcx.evals.statistics import accuracy, bootstrap, ratio, sign_flips, student_t95, wilson
+from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio, sign_flips, student_t95, wilson
 
 
 def test_standard_error_of_an_accuracy_is_the_sample_standard_error():
@@ -99,3 +99,9 @@ def test_sign_flips_of_many_pairs_come_near_the_normal_approximation_in_any_orde
     assert test == "sign flips, 10000"
     shifted = noise + 1.5
     assert sign_flips(shifted)[0] == sign_flips(shifted[::-1])[0] == 1 / 10_000
+
+
+def test_one_at_chance_exactly_is_marked_however_sums_round():
+    third = sum([1.0 / 3] * 3) / 3
+    assert Estimate(third, 0.0, (third + 1e-16, third + 1e-16), 9, 1 / 3, "").contains_chance
+    assert not Estimate(0.4, 0.0, (0.35, 0.45), 9, 1 / 3, "").contains_chance
