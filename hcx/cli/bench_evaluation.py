@@ -55,9 +55,13 @@ def evaluation(
             _compare(model, names, found, limit, batch_size, out, as_json)
         return
     items = 100 if limit is None else limit
+    rows = []
     with data_from(names, source, data) as found:
-        rows = measure(model, names, found, min(items, 8) if quick else items, 1 if quick else repeats, batch_size)
-    if not write_rows([row.as_dict() for row in rows], out, as_json):
+        for row in measure(model, names, found, min(items, 8) if quick else items, 1 if quick else repeats, batch_size):
+            rows.append(row)
+            if out is not None:
+                append_csv(out, [row.as_dict()])
+    if not write_rows([row.as_dict() for row in rows], None, as_json):
         return
     table(
         "scoring, seconds",
@@ -90,9 +94,11 @@ def _compare(
 ) -> None:
     from hcx.evals.bench import compare
 
-    rows = compare(model, names, data, limit, batch_size)
-    if out is not None:
-        append_csv(out, [{**row.as_dict(), "differing": " ".join(row.differing)} for row in rows])
+    rows = []
+    for row in compare(model, names, data, limit, batch_size):
+        rows.append(row)
+        if out is not None:
+            append_csv(out, [{**row.as_dict(), "differing": " ".join(row.differing)}])
     if write_rows([row.as_dict() for row in rows], None, as_json):
         table(
             "answers beside lm-eval's hf backend",

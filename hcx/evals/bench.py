@@ -78,8 +78,8 @@ class ComparedRow:
 
 def measure(
     model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int, repeats: int = 3, batch_size: int = 8
-) -> list[ScoringRow]:
-    """Times tasks of multiple choice under both backends in fp32.
+) -> Iterator[ScoringRow]:
+    """Times tasks of multiple choice under both backends in fp32; each row when it is known.
 
     Args:
         model: a directory in Hugging Face's layout, full precision.
@@ -92,18 +92,17 @@ def measure(
     Raises:
         EvalError: a task cannot run here, or is of another kind.
     """
-    rows = []
     for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size):
         if reason := _does_not_fit(requests, ours):
             raise EvalError(f"task {name!r}: {reason}")
-        rows.append(_measure(name, requests, ours, theirs, repeats, batch_size))
-    return rows
+        yield _measure(name, requests, ours, theirs, repeats, batch_size)
 
 
 def compare(
     model: str | Path, tasks: Sequence[str], data: str | Path | None, limit: int | None = None, batch_size: int = 8
-) -> list[ComparedRow]:
-    """Scores tasks of multiple choice once under each backend in fp32, and holds each item against each.
+) -> Iterator[ComparedRow]:
+    """Scores tasks of multiple choice once under each backend in fp32, and holds each item against each; each row when
+    it is known.
 
     Tasks whose options are longer than the model are left out with a warning: neither backend can score them.
 
@@ -117,26 +116,20 @@ def compare(
     Raises:
         EvalError: a task cannot run here, or is of another kind.
     """
-    rows = []
     for name, requests, ours, theirs in _both(model, tasks, data, limit, batch_size):
         if reason := _does_not_fit(requests, ours):
             log.warning("%s: left out: %s", name, reason)
             continue
         left, right = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, theirs))
         chosen, expected = _chosen(requests, left), _chosen(requests, right)
-        rows.append(
-            ComparedRow(
-                task=name,
-                items=len(chosen),
-                requests=len(requests),
-                differing=tuple(
-                    f"{task}:{item}" for (task, item) in chosen if chosen[task, item] != expected[task, item]
-                ),
-                differing_greedy=sum(a[1] != b[1] for a, b in zip(left, right, strict=True)),
-                largest_difference=max(abs(a[0] - b[0]) for a, b in zip(left, right, strict=True)),
-            )
+        yield ComparedRow(
+            task=name,
+            items=len(chosen),
+            requests=len(requests),
+            differing=tuple(f"{task}:{item}" for (task, item) in chosen if chosen[task, item] != expected[task, item]),
+            differing_greedy=sum(a[1] != b[1] for a, b in zip(left, right, strict=True)),
+            largest_difference=max(abs(a[0] - b[0]) for a, b in zip(left, right, strict=True)),
         )
-    return rows
 
 
 def _both(

@@ -30,7 +30,7 @@ def test_the_chosen_option_is_the_most_likely_and_the_first_of_equals():
 
 def test_a_task_that_cannot_run_is_refused(tmp_path):
     with pytest.raises(EvalError, match=r"kobest_hellaswag.*needs-data"):
-        measure(tmp_path, ["kobest_hellaswag"], None, 4)
+        list(measure(tmp_path, ["kobest_hellaswag"], None, 4))
 
 
 class Answering:
@@ -65,7 +65,7 @@ def test_options_longer_than_the_model_are_left_out_of_a_comparison_and_refused_
     assert [row.task for row in compare("model", ["long", "short"], None)] == ["short"]
     assert "long: left out: options take 8 tokens, the model 8 with the prompt" in caplog.text
     with pytest.raises(EvalError, match="task 'long': options take 8 tokens"):
-        measure("model", ["long", "short"], None, 4)
+        list(measure("model", ["long", "short"], None, 4))
 
 
 def test_both_backends_answer_alike_on_items_of_ours(tmp_path, item_files):
