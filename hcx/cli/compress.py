@@ -228,10 +228,7 @@ def training_shards(model: Path, option: str = "--shards") -> Path:
         there = item.role == "shards" and is_complete(item.path)
         if there and artifact_input("shards", item.path).digest == item.digest:
             return Path(item.path)
-    raise ConfigError(
-        f"{'--report' if option == '--shards' else 'calibration'}: the manifest of {model} leads to no shards that are "
-        f"there; name some with {option} DIR"
-    )
+    raise ConfigError(f"the manifest of {model} leads to no shards that are there; name some with {option} DIR")
 
 
 def _row_values(row: PreviewRow) -> dict[str, object]:
