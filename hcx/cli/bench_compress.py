@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import append_csv, echo, table, write_rows
+from hcx.cli.output import echo, keep_rows, table, write_rows
 
 
 def compress(
@@ -53,8 +53,7 @@ def compress(
         widths, tokens, max_documents = widths[1:2] or widths, min(tokens, 8192), min(max_documents or 8, 8)
     settings = decode(Calibration, {"tokens": tokens, "shares": given}, "the command line")
     names = [name for name in peers.split(",") if name] if peers is not None else None
-    rows = []
-    for row in measure(
+    measured = measure(
         model,
         shards or training_shards(model),
         widths,
@@ -63,10 +62,8 @@ def compress(
         group_size,
         settings,
         max_documents=max_documents,
-    ):
-        rows.append(row)
-        if out is not None:
-            append_csv(out, [row.as_dict()])
+    )
+    rows = keep_rows(measured, out, lambda row: row.as_dict())
     if not write_rows([row.as_dict() for row in rows], None, as_json):
         return
     for width, language in dict.fromkeys((row.bits, row.language) for row in rows):

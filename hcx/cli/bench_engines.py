@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
-from hcx.cli.output import append_csv, echo, table, write_rows
+from hcx.cli.output import echo, keep_rows, table, write_rows
 from hcx.errors import ConfigError, MissingExtra
 
 PACKAGES = {"deepspeed": "deepspeed", "megatron": "megatron-core"}
@@ -29,12 +29,8 @@ def bench_engines(engine: str, quick: bool, pairs: int, out: Path | None, as_jso
     if world_size != RANKS:
         raise ConfigError(f"hcx bench train --engine runs on {RANKS} processes, not {world_size}")
     init_process_group()
-    rows = []
-    for row in measure_engines(cast("Library", engine), min(pairs, QUICK_PAIRS) if quick else pairs, quick):
-        rows.append(row)
-        if rank == 0 and out is not None:
-            # Row by row: what was measured stays when a long run is stopped.
-            append_csv(out, [row.as_dict()])
+    measured = measure_engines(cast("Library", engine), min(pairs, QUICK_PAIRS) if quick else pairs, quick)
+    rows = keep_rows(measured, out if rank == 0 else None, lambda row: row.as_dict())
     if rank != 0 or not write_rows([row.as_dict() for row in rows], None, as_json):
         return 0
     table(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hcx.cli.output import append_csv, table, write_rows
+from hcx.cli.output import keep_rows, table, write_rows
 
 LETTERS = ("hcx_kmmlu_dev225", "hcx_mmlu_dev282")
 """What is scored where no task is named: they need no data but lm-eval."""
@@ -55,12 +55,9 @@ def evaluation(
             _compare(model, names, found, limit, batch_size, out, as_json)
         return
     items = 100 if limit is None else limit
-    rows = []
     with data_from(names, source, data) as found:
-        for row in measure(model, names, found, min(items, 8) if quick else items, 1 if quick else repeats, batch_size):
-            rows.append(row)
-            if out is not None:
-                append_csv(out, [row.as_dict()])
+        timed = measure(model, names, found, min(items, 8) if quick else items, 1 if quick else repeats, batch_size)
+        rows = keep_rows(timed, out, lambda row: row.as_dict())
     if not write_rows([row.as_dict() for row in rows], None, as_json):
         return
     table(
@@ -94,11 +91,11 @@ def _compare(
 ) -> None:
     from hcx.evals.bench import compare
 
-    rows = []
-    for row in compare(model, names, data, limit, batch_size):
-        rows.append(row)
-        if out is not None:
-            append_csv(out, [{**row.as_dict(), "differing": " ".join(row.differing)}])
+    rows = keep_rows(
+        compare(model, names, data, limit, batch_size),
+        out,
+        lambda row: {**row.as_dict(), "differing": " ".join(row.differing)},
+    )
     if write_rows([row.as_dict() for row in rows], None, as_json):
         table(
             "answers beside lm-eval's hf backend",

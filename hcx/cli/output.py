@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 
 def echo(text: str = "") -> None:
@@ -59,6 +61,23 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows([*before, *rows])
     write_atomically(path, text.getvalue().encode())
+
+
+def keep_rows(rows: Iterable[T], out: Path | None, as_row: Callable[[T], Mapping[str, Any]]) -> list[T]:
+    """All rows, each appended to a CSV file, if one is named, when it is known: what was measured stays when a long run
+    is stopped.
+
+    Args:
+        rows: as they are measured.
+        out: the file.
+        as_row: what a row is in the file.
+    """
+    kept = []
+    for row in rows:
+        kept.append(row)
+        if out is not None:
+            append_csv(out, [as_row(row)])
+    return kept
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], out: Path | None, as_json: bool) -> bool:

@@ -92,7 +92,7 @@ def _rows(shard: Shard, seq_len: int, eos_id: int, first: int, limit: int | None
     """Packs windows into rows in order; a window that does not fit opens a new row."""
     windows: list[tuple[np.ndarray, np.ndarray]] = []
     used = 0
-    for number in range(first, shard.num_documents if limit is None else min(first + limit, shard.num_documents)):
+    for number in range(first, _count(shard, None if limit is None else first + limit)):
         document = np.concatenate([[eos_id], np.asarray(shard.document(number), dtype=np.int64)])
         for begin in range(0, len(document) - 1, seq_len):
             labels = document[begin + 1 : begin + 1 + seq_len]

@@ -12,6 +12,7 @@ from typing import Any
 from hcx.errors import EvalError
 from hcx.evals.catalog import find_tasks, status_of
 from hcx.evals.loading import load_tasks, quiet_lm_eval
+from hcx.evals.scoring import likeliest
 from hcx.obs import get_logger
 
 log = get_logger(__name__)
@@ -200,4 +201,4 @@ def _chosen(requests: Sequence[Any], answers: Sequence[tuple[float, bool]]) -> d
     by_item: dict[tuple[str, int], list[float]] = {}
     for request, (logprob, _) in zip(requests, answers, strict=True):
         by_item.setdefault((str(request.task_name), int(request.doc_id)), []).append(logprob)
-    return {item: max(range(len(values)), key=values.__getitem__) for item, values in by_item.items()}
+    return {item: likeliest(values) for item, values in by_item.items()}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hcx.errors import DataError
+from hcx.evals.scoring import likeliest
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -78,7 +79,7 @@ def bbq(dataset: Any) -> Any:
 def bbq_record(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, Record]:
     """The record of an item from the log-probabilities of its letters, once under each metric's name."""
     logprobs = [float(answer[0]) for answer in results]
-    chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
+    chosen = likeliest(logprobs)
     record = {
         "ambiguous": doc["ambiguous"],
         "correct": chosen == doc["gold"],
@@ -191,8 +192,7 @@ def kobbq(dataset: Any) -> Any:
 def kobbq_record(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, Record]:
     """The record of a row from the log-probabilities of its letters; restricted to them, none is out of choice."""
     logprobs = [float(answer[0]) for answer in results]
-    chosen: int | None = max(range(len(logprobs)), key=logprobs.__getitem__)
-    return kobbq_answer(doc, chosen)
+    return kobbq_answer(doc, likeliest(logprobs))
 
 
 def kobbq_answer(doc: Row, chosen: int | None) -> dict[str, Record]:

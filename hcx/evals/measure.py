@@ -11,6 +11,7 @@ import numpy as np
 
 from hcx.evals.catalog import TaskCard
 from hcx.evals.comet import TranslationScorer
+from hcx.evals.scoring import likeliest
 from hcx.evals.sources import DATA_SETS
 from hcx.evals.statistics import Estimate, accuracy, bootstrap, ratio
 
@@ -61,7 +62,7 @@ def questions(card: TaskCard, rows: Rows) -> Measured:
                 "item": row["doc_id"],
                 "subject": row["doc"].get("subject"),
                 "gold": int(row["target"]),
-                "chosen": max(range(len(logprobs)), key=logprobs.__getitem__),
+                "chosen": likeliest(logprobs),
                 "logprobs": logprobs,
                 "correct": bool(row["acc"]),
                 "doc_hash": row["doc_hash"],

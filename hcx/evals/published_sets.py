@@ -12,7 +12,7 @@ import importlib.util
 import json
 import lzma
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -146,10 +146,21 @@ def _bbq(folder: Path) -> Iterator[PublishedSet]:
         yield PublishedSet("oskarvanderwal/bbq", "All", {"test": rows}, f"{folder.name}/", part)
 
 
+def _one_file(
+    folder: Path, file: str, path: str, name: str | None, split: str, read: Callable[[Path], list[Row]]
+) -> Iterator[PublishedSet]:
+    """The data set of one split that a file holds, if the file is there."""
+    found = _find(folder, file)
+    if found is not None:
+        yield PublishedSet(path, name, {split: read(found)}, f"{folder.name}/{found.name}")
+
+
+def _columns(rows: list[Row], *names: str) -> list[Row]:
+    return [{name: row[name] for name in names} for row in rows]
+
+
 def _ifeval(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "input_data.jsonl")
-    if path is not None:
-        yield PublishedSet("google/IFEval", None, {"train": _lines(path)}, f"{folder.name}/{path.name}")
+    yield from _one_file(folder, "input_data.jsonl", "google/IFEval", None, "train", _lines)
 
 
 def _infilling(folder: Path) -> Iterator[PublishedSet]:
@@ -158,81 +169,73 @@ def _infilling(folder: Path) -> Iterator[PublishedSet]:
         yield PublishedSet("loubnabnl/humaneval_infilling", name, {"test": _lines(path)}, f"{folder.name}/{path.name}")
 
 
-def _pairs(rows: list[Row]) -> list[Row]:
-    return [{"en": row["en"], "ko": row["ko"]} for row in rows]
+def _pairs(path: Path) -> list[Row]:
+    return _columns(_table(path), "en", "ko")
 
 
 def _ntrex(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "newstest2019.en-ko.tsv")
-    if path is not None:
-        rows = _pairs(_table(path))
-        yield PublishedSet("MicrosoftTranslator/NTREX", "en-ko", {"test": rows}, f"{folder.name}/{path.name}")
+    def read(path: Path) -> list[Row]:
+        return _columns(_table(path), "doc_id", "en", "ko")
+
+    yield from _one_file(folder, "newstest2019.en-ko.tsv", "MicrosoftTranslator/NTREX", "en-ko", "test", read)
 
 
 def _pud(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "pud.test.tsv")
-    if path is not None:
-        rows = _pairs(_table(path))
-        yield PublishedSet("UniversalDependencies/UD_Korean-PUD", None, {"test": rows}, f"{folder.name}/{path.name}")
+    yield from _one_file(folder, "pud.test.tsv", "UniversalDependencies/UD_Korean-PUD", None, "test", _pairs)
 
 
 def _parallel(folder: Path) -> Iterator[PublishedSet]:
     for name, file, of in (("news", "news.test.tsv", 2000), ("jhe", "jhe.eval.tsv", 720)):
-        path = _find(folder, file)
-        if path is not None:
-            rows = _pairs(_table(path))
-            part = None if len(rows) == of else f"{name} {len(rows)} of {of}"
-            origin = f"{folder.name}/{path.name}"
-            yield PublishedSet("jungyeul/korean-parallel-corpora", name, {"test": rows}, origin, part)
+        for found in _one_file(folder, file, "jungyeul/korean-parallel-corpora", name, "test", _pairs):
+            count = len(found.splits["test"])
+            yield found if count == of else replace(found, part=f"{name} {count} of {of}")
 
 
 def _stylekqc(folder: Path) -> Iterator[PublishedSet]:
     """One sentence of each group: the others are the same request in other words."""
-    path = _find(folder, "pairs.test.tsv")
-    if path is not None:
+
+    def read(path: Path) -> list[Row]:
         groups: dict[str, Row] = {}
         for row in _table(path):
             groups.setdefault(row["group"], row)
-        rows = _pairs(list(groups.values()))
-        yield PublishedSet("cynthia/stylekqc", None, {"test": rows}, f"{folder.name}/{path.name}")
+        return _columns(list(groups.values()), "en", "ko")
+
+    yield from _one_file(folder, "pairs.test.tsv", "cynthia/stylekqc", None, "test", read)
 
 
 def _klue(folder: Path) -> Iterator[PublishedSet]:
     labels = ("entailment", "neutral", "contradiction")
-    converted: dict[str, Callable[[Row], Row]] = {
-        "nli": lambda r: {
-            "premise": r["premise"],
-            "hypothesis": r["hypothesis"],
-            "label": labels.index(r["gold_label"]),
-        },
-        "sts": lambda r: {k: r[k] for k in ("sentence1", "sentence2", "labels")},
-    }
-    for name, convert in converted.items():
-        path = _find(folder, f"klue-{name}-v1.1_dev.jsonl")
-        if path is not None:
-            rows = [convert(row) for row in _lines(path)]
-            yield PublishedSet("klue/klue", name, {"validation": rows}, f"{folder.name}/{path.name}")
+
+    def nli(path: Path) -> list[Row]:
+        rows = [{**row, "label": labels.index(row["gold_label"])} for row in _lines(path)]
+        return _columns(rows, "premise", "hypothesis", "label")
+
+    def sts(path: Path) -> list[Row]:
+        return _columns(_lines(path), "sentence1", "sentence2", "labels")
+
+    for name, read in (("nli", nli), ("sts", sts)):
+        yield from _one_file(folder, f"klue-{name}-v1.1_dev.jsonl", "klue/klue", name, "validation", read)
 
 
 def _nsmc(folder: Path) -> Iterator[PublishedSet]:
     """Labels from ratings as NSMC has them: 1 to 4 negative, 9 and 10 positive, the rest left out."""
-    path = _find(folder, "reviews.test.tsv")
-    if path is not None:
-        rows = [
+
+    def read(path: Path) -> list[Row]:
+        return [
             {"document": row["review"], "label": int(int(row["rating"]) >= 9)}
             for row in _table(path)
             if not 5 <= int(row["rating"]) <= 8
         ]
-        part = "NSMC's raw reviews, films by crc32: not its published test split"
-        yield PublishedSet("e9t/nsmc", None, {"test": rows}, f"{folder.name}/{path.name}", part)
+
+    for found in _one_file(folder, "reviews.test.tsv", "e9t/nsmc", None, "test", read):
+        yield replace(found, part="NSMC's raw reviews, films by crc32: not its published test split")
 
 
 def _hate_speech(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "labeled.dev.jsonl")
-    if path is not None:
-        rows = [{k: row[k] for k in ("news_title", "comments", "hate")} for row in _lines(path)]
-        origin = f"{folder.name}/{path.name}"
-        yield PublishedSet("kocohub/korean-hate-speech", None, {"validation": rows}, origin)
+    def read(path: Path) -> list[Row]:
+        return _columns(_lines(path), "news_title", "comments", "hate")
+
+    yield from _one_file(folder, "labeled.dev.jsonl", "kocohub/korean-hate-speech", None, "validation", read)
 
 
 SAFETY_FILES = {
@@ -245,24 +248,22 @@ SAFETY_FILES = {
 
 def _safety(folder: Path) -> Iterator[PublishedSet]:
     for name, (file, columns) in SAFETY_FILES.items():
-        path = _find(folder, file)
-        if path is not None:
-            rows = [{column: row[column] for column in columns} for row in _lines(path)]
-            origin = f"{folder.name}/{path.name}"
-            yield PublishedSet("naver-ai/korean-safety-benchmarks", name, {"test": rows}, origin)
+
+        def read(path: Path, columns: tuple[str, ...] = columns) -> list[Row]:
+            return _columns(_lines(path), *columns)
+
+        yield from _one_file(folder, file, "naver-ai/korean-safety-benchmarks", name, "test", read)
 
 
 def _hh_rlhf(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "harmless-base.test.jsonl")
-    if path is not None:
-        yield PublishedSet("Anthropic/hh-rlhf", None, {"test": _lines(path)}, f"{folder.name}/{path.name}")
+    yield from _one_file(folder, "harmless-base.test.jsonl", "Anthropic/hh-rlhf", None, "test", _lines)
 
 
 def _self_instruct(folder: Path) -> Iterator[PublishedSet]:
-    path = _find(folder, "user_oriented_instructions.jsonl")
-    if path is not None:
-        rows = [{k: row[k] for k in ("instruction", "instances")} for row in _lines(path)]
-        yield PublishedSet("yizhongw/self-instruct", None, {"test": rows}, f"{folder.name}/{path.name}")
+    def read(path: Path) -> list[Row]:
+        return _columns(_lines(path), "instruction", "instances")
+
+    yield from _one_file(folder, "user_oriented_instructions.jsonl", "yizhongw/self-instruct", None, "test", read)
 
 
 def _humaneval() -> Iterator[PublishedSet]:

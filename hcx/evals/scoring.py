@@ -35,6 +35,11 @@ def gold(doc: dict[str, Any]) -> int:
     return int(doc["gold"])
 
 
+def likeliest(logprobs: Sequence[float]) -> int:
+    """Index of the highest log-probability; the first of equals."""
+    return max(range(len(logprobs)), key=logprobs.__getitem__)
+
+
 def _options(doc: dict[str, Any]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, doc["choices"], strict=False))
 

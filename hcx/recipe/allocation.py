@@ -140,8 +140,7 @@ def allocation_of(
     """
     weights = dict.fromkeys(read.loss, 1.0) if shares is None else dict(shares)
     widths = list(next(iter(read.rises.values())))
-    if not min(widths) <= average_bits <= max(widths):
-        raise ConfigError(f"average_bits = {average_bits}; with widths {widths}: {min(widths)} to {max(widths)}")
+    _check_average(average_bits, widths)
     total = sum(weights.values())
 
     def cost(name: str, bits: int) -> int:
@@ -198,13 +197,17 @@ def allocate_bits(
         raise ConfigError("an allocation makes the rules of a plan; give it one without rules and pruning")
     if not widths or min(widths) < 1 or max(widths) > 8 or len(set(widths)) != len(widths):
         raise ConfigError(f"widths = {list(widths)}; different numbers from 1 to 8 are allowed")
-    if not min(widths) <= average_bits <= max(widths):
-        raise ConfigError(f"average_bits = {average_bits}; with widths {list(widths)}: {min(widths)} to {max(widths)}")
+    _check_average(average_bits, widths)
     weights = _shares(ShardSet.open(shards_directory), shares)
     read = read_sensitivities(
         model, shards_directory, base.default, widths, by, tuple(weights), max_documents, seq_len, progress=progress
     )
     return allocation_of(read, average_bits, base, weights)
+
+
+def _check_average(average_bits: float, widths: Sequence[int]) -> None:
+    if not min(widths) <= average_bits <= max(widths):
+        raise ConfigError(f"average_bits = {average_bits}; with widths {list(widths)}: {min(widths)} to {max(widths)}")
 
 
 def _shares(shards: ShardSet, shares: Mapping[str, float] | None) -> dict[str, float]:

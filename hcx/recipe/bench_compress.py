@@ -40,14 +40,15 @@ from hcx.recipe.quality import Estimate, ratio_estimate
 
 GROUP_STEP = 32
 """Our group sizes are multiples of it, as the kernels' tiles are."""
+FITTED: dict[str, Any] = {"method": "alternating", "feedback": True, "descent": 8}
 OURS: dict[str, dict[str, Any]] = {
-    "bcq": {"method": "alternating", "feedback": True, "descent": 8},
-    "bcq-offset": {"method": "alternating", "feedback": True, "descent": 8, "offset": True},
+    "bcq": FITTED,
+    "bcq-offset": {**FITTED, "offset": True},
     "bcq-feedback": {"method": "alternating", "feedback": True, "descent": 0},
     "bcq-importance": {"method": "alternating", "importance": True},
     "bcq-plain": {"method": "alternating"},
-    "bcq-mixed": {"method": "alternating", "feedback": True, "descent": 8},
-    "bcq-nested": {"method": "alternating", "feedback": True, "descent": 8},
+    "bcq-mixed": FITTED,
+    "bcq-nested": FITTED,
     "grid": {"method": "searched", "feedback": True, "descent": 8},
 }
 """Settings of our contenders, by the name that `--methods` takes; bits and group size come from the budget."""
@@ -183,8 +184,11 @@ def measure(
         ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, or a
             contender that reproduces the model's own grid.
     """
-    _check_methods(methods, widths, peers, max_documents)
-    shards, loaded = ShardSet.open(shards_directory), load_model(model)
+    _check_methods(methods, widths, peers)
+    shards = ShardSet.open(shards_directory)
+    if MIXED in methods:
+        _check_documents(shards, max_documents)
+    loaded = load_model(model)
     batches = calibration_batches(calibration, loaded.config.max_seq_len, loaded.tokenizer, shards)
     log = get_logger(__name__)
     with ModelFiles(model) as files:
@@ -198,16 +202,6 @@ def measure(
     shared = (str(model), digest, sum(batch.tokens.numel() for batch in batches))
     read = None
     if MIXED in methods:
-        fewest = min(
-            (found, language)
-            for language in shards.languages
-            if (found := shards.shard(language, "validation").num_documents)
-        )
-        if fewest[0] <= (max_documents or 0):
-            raise ConfigError(
-                f"--max-documents {max_documents}: {fewest[1]} has {fewest[0]} held-out documents, and {MIXED} reads "
-                "sensitivities on those behind; score fewer"
-            )
         log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
         read = read_sensitivities(
             model,
@@ -234,25 +228,34 @@ def measure(
                 yield _row(one, bits, language, rows, scores[one.name][language], scores[best][language], shared)
 
 
-def _check_methods(
-    methods: Sequence[str], widths: Sequence[float], peers: dict[str, Peer], max_documents: int | None
-) -> None:
+def _check_methods(methods: Sequence[str], widths: Sequence[float], peers: dict[str, Peer]) -> None:
     for name in methods:
         if name not in OURS:
             raise ConfigError(f"--methods {name}: no such method; valid: {', '.join(OURS)}")
     broken = [bits for bits in widths if bits != int(bits)]
     if broken and MIXED not in methods:
         raise ConfigError(f"--bits {broken[0]:g}: not a whole number of planes; add --methods {MIXED}")
-    if MIXED in methods and max_documents is None:
-        raise ConfigError(
-            f"--methods {MIXED} reads sensitivities on held-out documents behind those that are scored: say with "
-            "--max-documents how many are scored"
-        )
     if NESTED in methods and (peers or broken or len(widths) < 2):
         raise ConfigError(
             f"--methods {NESTED} is one artifact of several whole widths, with groups of one size that cannot match "
             "the bytes of peers; give --bits 2,3,4 and --peers ''"
         )
+
+
+def _check_documents(shards: ShardSet, max_documents: int | None) -> None:
+    """Refuses to read sensitivities on documents that are scored too."""
+    if max_documents is None:
+        raise ConfigError(
+            f"--methods {MIXED} reads sensitivities on held-out documents behind those that are scored: say with "
+            "--max-documents how many are scored"
+        )
+    for language in shards.languages:
+        found = shards.shard(language, "validation").num_documents
+        if 0 < found <= max_documents:
+            raise ConfigError(
+                f"--max-documents {max_documents}: {language} has {found} held-out documents, and {MIXED} reads "
+                "sensitivities on those behind; score fewer"
+            )
 
 
 class _Nested:
@@ -295,9 +298,11 @@ def _contenders(
     whole = bits == int(bits)
     found = [_ours(name, bits, budget, read, nested) for name in methods if whole or name == MIXED]
     for name, peer in peers.items():
-        sizes = [group_size] if whole else PEER_GROUPS
-        fitting = [size for size in sizes if whole or peer.bits_per_weight(math.floor(bits), size) <= budget]
-        found += [_theirs(name, peer, math.floor(bits), size) for size in fitting[:1]]
+        width = math.floor(bits)
+        fitting = (size for size in PEER_GROUPS if peer.bits_per_weight(width, size) <= budget)
+        size = group_size if whole else next(fitting, None)
+        if size is not None:
+            found.append(_theirs(name, peer, width, size))
     return found
 
 

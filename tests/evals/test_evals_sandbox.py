@@ -483,18 +483,28 @@ def f():
 """
 
 
-def test_the_sandbox_holds_for_an_ordinary_user_too(tmp_path):
+@pytest.fixture
+def as_user():
+    """Runs a program with an interpreter that every user can read, as an ordinary user."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin")
     if python is None or os.geteuid() != 0:
         pytest.skip("as another user: needs root, and an interpreter that every user can read")
+
+    def run(*words, **options):
+        return subprocess.run(
+            [python, *words], user=1234, group=1234, extra_groups=[], capture_output=True, text=True, **options
+        )
+
+    return run
+
+
+def test_the_sandbox_holds_for_an_ordinary_user_too(as_user):
     folder = Path("/var/tmp") / f"hcx-sandbox-{os.getpid()}"
     shutil.copytree(Path(runner.__file__).parent, folder)
     folder.chmod(0o755)
     try:
         code = AS_USER.format(folder=str(folder), hostile=HOSTILE)
-        answer = subprocess.run(
-            [python, "-c", code], user=1234, group=1234, extra_groups=[], capture_output=True, text=True, cwd="/"
-        )
+        answer = as_user("-c", code, cwd="/")
     finally:
         shutil.rmtree(folder)
     if "no sandbox can be built" in answer.stderr:
@@ -503,37 +513,20 @@ def test_the_sandbox_holds_for_an_ordinary_user_too(tmp_path):
 
 
 @pytest.mark.slow  # every test of this file once more
-def test_the_whole_hostile_set_fails_for_an_ordinary_user_too():
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin:/bin")
-    if python is None or os.geteuid() != 0:
-        pytest.skip("as another user: needs root, and an interpreter that every user can read")
+def test_the_whole_hostile_set_fails_for_an_ordinary_user_too(as_user):
     with tempfile.TemporaryDirectory(dir="/var/tmp") as home:
         os.chown(home, 1234, 1234)
-
-        def as_user(*words):
-            packages = [str(Path(hcx.__file__).parents[1]), str(Path(pytest.__file__).parents[1])]
-            environment = {
-                "HOME": home,
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": os.pathsep.join(packages),
-                "PYTHONDONTWRITEBYTECODE": "1",
-            }
-            return subprocess.run(
-                [python, *words],
-                user=1234,
-                group=1234,
-                extra_groups=[],
-                capture_output=True,
-                text=True,
-                cwd=home,
-                env=environment,
-            )
-
-        seen = as_user("-c", "import numpy, pytest, hcx.evals.sandbox")
+        packages = [str(Path(hcx.__file__).parents[1]), str(Path(pytest.__file__).parents[1])]
+        environment = {
+            "HOME": home,
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.pathsep.join(packages),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        seen = as_user("-c", "import numpy, pytest, hcx.evals.sandbox", cwd=home, env=environment)
         if seen.returncode:
             pytest.skip(f"an ordinary user cannot read the packages: {seen.stderr.splitlines()[-1]}")
-        answer = as_user(
-            "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={home}/t", __file__
-        )
+        words = ["-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={home}/t", __file__]
+        answer = as_user(*words, cwd=home, env=environment)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert " failed" not in answer.stdout

@@ -79,8 +79,8 @@ class Remote(Handle):
         return self._channel.call(self.number, args, kwargs)
 
     def __bool__(self) -> bool:
-        if self._truth is True or self._truth is False:
-            return bool(self._truth)
+        if isinstance(self._truth, bool):
+            return self._truth
         raise TypeError("the program returned an object that is neither true nor false")
 
 
