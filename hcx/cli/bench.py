@@ -15,6 +15,7 @@ from hcx.cli.bench_engines import bench_engines
 from hcx.cli.bench_evaluation import evaluation
 from hcx.cli.bench_kernels import kernels
 from hcx.cli.bench_methods import methods
+from hcx.cli.bench_search import search
 from hcx.cli.bench_seven_b import compress_seven_b
 from hcx.cli.bench_tokenizer import tokenizer
 from hcx.cli.output import echo, table, write_rows
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     bench.command("fixed-to-fixed")(fixed_to_fixed)
     bench.command("compress")(compress)
     bench.command("compress-7b")(compress_seven_b)
+    bench.command("search")(search)
     bench.command("eval")(evaluation)
     bench.command("methods")(methods)
     bench.command("digits")(digits)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hcx.compress.codes import Codes, join_groups, least_squares, nearest, pack, split_groups, weighted_mean
 from hcx.errors import ConfigError, did_you_mean
-from hcx.kernels import PackedWeight
+from hcx.kernels import PackedWeight, native
 from hcx.kernels.format import MAX_BITS
 
 Method = Literal["greedy", "refined", "alternating"]
@@ -45,6 +45,7 @@ def quantize(
     offset: bool = False,
     scale_dtype: torch.dtype = torch.float16,
     importance: Tensor | None = None,
+    reference: bool = False,
 ) -> PackedWeight:
     """Quantizes a weight to binary codes.
 
@@ -59,6 +60,7 @@ def quantize(
         offset: with a constant per group, fitted with the scales.
         scale_dtype: fp16, bf16 or fp32.
         importance: `[in]`, not negative: how much a squared error of each column counts; alike if not given.
+        reference: in torch, also where there is a native library.
 
     Raises:
         ConfigError: a setting is out of range, the weight is not finite, or its scales overflow `scale_dtype`.
@@ -71,7 +73,7 @@ def quantize(
     parts = split_groups(weight, group_size)
     factors = split_importance(importance, weight, group_size)
     found = [
-        _quantize_rows(part.float(), factor, bits, method, rounds, offset, scale_dtype)
+        _quantize_rows(part.float(), factor, bits, method, rounds, offset, scale_dtype, reference)
         for part, factor in zip(parts, factors, strict=True)
     ]
     return pack(join_groups(found, weight.shape[0]), group_size, offset, scale_dtype)
@@ -129,12 +131,14 @@ def _quantize_rows(
     rounds: int,
     offset: bool,
     scale_dtype: torch.dtype,
+    reference: bool,
 ) -> Codes:
     """Codes of `[n, g]`, chunk by chunk."""
+    code = quantize_groups_reference if reference else quantize_groups
     step = max(1, CHUNK_VALUES // max(groups.shape[1], 1 << bits))
     factors = [None] * -(-len(groups) // step) if importance is None else importance.split(step)
     found = [
-        quantize_groups(chunk, bits, method, rounds, offset, scale_dtype, factor)
+        code(chunk, bits, method, rounds, offset, scale_dtype, factor)
         for chunk, factor in zip(groups.split(step), factors, strict=True)
     ]
     return Codes(
@@ -153,7 +157,30 @@ def quantize_groups(
     scale_dtype: torch.dtype,
     importance: Tensor | None = None,
 ) -> Codes:
-    """Groups `[n, g]`, each by itself; scales hold values of `scale_dtype`, coarsest plane first."""
+    """Groups `[n, g]`, each by itself; scales hold values of `scale_dtype`, coarsest plane first.
+
+    The native library alternates where there is one (some ten times as fast); see `quantize_groups_reference`.
+    """
+    if method == "alternating" and groups.device.type == "cpu" and coder() == "native":
+        return Codes(*native.alternate(groups, importance, bits, rounds, offset, scale_dtype))
+    return quantize_groups_reference(groups, bits, method, rounds, offset, scale_dtype, importance)
+
+
+def coder() -> str:
+    """What alternates on a CPU: `native` or `torch`. Their codes have the same error, but not always the same bits."""
+    return "torch" if native.why_absent() else "native"
+
+
+def quantize_groups_reference(
+    groups: Tensor,
+    bits: int,
+    method: Method,
+    rounds: int,
+    offset: bool,
+    scale_dtype: torch.dtype,
+    importance: Tensor | None = None,
+) -> Codes:
+    """`quantize_groups` in torch, on any device."""
     best = _greedy(groups, importance, bits, offset, scale_dtype)
     if method == "greedy":
         return best

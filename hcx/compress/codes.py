@@ -23,7 +23,7 @@ class Codes:
     """Codes of `n` groups of `g` weights.
 
     Attributes:
-        patterns: int64 `[n, g]`.
+        patterns: int64 or uint8 `[n, g]`.
         scales: fp32 `[n, q]`.
         offsets: fp32 `[n]`.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from hcx.artifacts import artifact_input, digest_file, new_artifact
 from hcx.artifacts.manifest import producer
 from hcx.artifacts.tensors import join_safetensors
+from hcx.compress.bcq import coder
 from hcx.compress.calibrated import CalibratedBlocks, calibration_digest
 from hcx.compress.plan import CompressPlan, ModulePlan
 from hcx.compress.preview import PreviewRow, preview
@@ -171,6 +172,7 @@ def compress_model(
         origin = artifact_input("model", source)
         identity = {"source": origin.digest, "plan": plan.model_dump(mode="json"), "format": FORMAT_VERSION}
         identity["hcx"] = producer()["version"]
+        identity["coder"] = coder()
         blocks: CalibratedBlocks | None = None
         if plan.needs_calibration and calibration is not None:
             identity["calibration"] = calibration_digest(calibration)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ from hcx.model.rope import rotary_tables
 
 UNNAMED = "all"
 """The domain of rows that state none."""
+
+
+class ScoredRow(NamedTuple):
+    """The loss of one row of text: the sum over its counted tokens, in nats."""
+
+    domain: str
+    nats: float
+    tokens: float
 
 
 class SearchTarget(Protocol):
@@ -62,15 +70,20 @@ class SearchOutcome:
 
     Attributes:
         chosen: `searched`, `least squares` or `rounding`: the best on held-out text.
-        knobs: of every layer of what was chosen.
+        candidates: each of the three -> the knobs of every layer.
         held_out: candidate -> held-out losses by domain.
         trials: layer -> every evaluation, in order.
     """
 
     chosen: str
-    knobs: dict[str, Knobs]
+    candidates: dict[str, dict[str, Knobs]]
     held_out: dict[str, Losses]
     trials: dict[str, list[Trial]] = field(default_factory=dict)
+
+    @property
+    def knobs(self) -> dict[str, Knobs]:
+        """Of every layer of what was chosen."""
+        return self.candidates[self.chosen]
 
     @property
     def evaluations(self) -> int:
@@ -128,13 +141,17 @@ def search_layers(
     held_out: dict[str, Losses] = {}
     target.begin(target.names[0])
     for candidate, knobs in candidates.items():
-        for name in target.names:
-            target.put(name, knobs[name])
+        put_all(target, knobs)
         held_out[candidate] = target.held_out_losses()
     chosen = min(candidates, key=lambda one: _mean(held_out[one]))
+    put_all(target, candidates[chosen])
+    return SearchOutcome(chosen, candidates, held_out, trials)
+
+
+def put_all(target: SearchTarget, knobs: Mapping[str, Knobs]) -> None:
+    """Quantizes every layer."""
     for name in target.names:
-        target.put(name, candidates[chosen][name])
-    return SearchOutcome(chosen, candidates[chosen], held_out, trials)
+        target.put(name, knobs[name])
 
 
 def _mean(losses: Losses) -> float:
@@ -218,11 +235,12 @@ class DecoderTarget:
 
     def full_forward_losses(self) -> Losses:
         """The same losses by whole forward passes of the decoder; what `losses` must equal."""
-        sums: dict[str, list[float]] = {}
-        with torch.no_grad():
-            for batch in self._text:
-                self._score(self._decoder(batch.tokens, _meta(batch)), batch, sums)
-        return {domain: nats / weight for domain, (nats, weight) in sorted(sums.items())}
+        return _by_domain(row for batch in self._text for row in self.score_rows(batch))
+
+    @torch.no_grad()
+    def score_rows(self, batch: MicroBatch) -> list[ScoredRow]:
+        """Each row of any text, by a whole forward pass of the decoder as it is now."""
+        return self._score(self._decoder(batch.tokens, _meta(batch)), batch)
 
     def _weight(self, stem: str) -> Tensor:
         part = self._decoder.linears()[stem]
@@ -249,20 +267,28 @@ class DecoderTarget:
 
     @torch.no_grad()
     def _losses(self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], start: int) -> Losses:
-        sums: dict[str, list[float]] = {}
+        rows: list[ScoredRow] = []
         for one, batch in zip(hidden, batches, strict=True):
             made = self._run(one, batch, start, self._decoder.config.num_layers)
             assert self._decoder.norm is not None
-            self._score(self._decoder.norm(made), batch, sums)
-        return {domain: nats / weight for domain, (nats, weight) in sorted(sums.items())}
+            rows += self._score(self._decoder.norm(made), batch)
+        return _by_domain(rows)
 
-    def _score(self, hidden: Tensor, batch: MicroBatch, sums: dict[str, list[float]]) -> None:
+    def _score(self, hidden: Tensor, batch: MicroBatch) -> list[ScoredRow]:
         logprobs = self._decoder.output(hidden).token_logprobs(batch.labels).double()
-        for row in range(batch.tokens.shape[0]):
-            total = sums.setdefault(batch.sources[row] if batch.sources else UNNAMED, [0.0, 0.0])
-            weights = batch.weights[row].double()
-            total[0] -= float((logprobs[row] * weights).sum())
-            total[1] += float(weights.sum())
+        weights = batch.weights.double()
+        nats, counted = -(logprobs * weights).sum(1), weights.sum(1)
+        domains = batch.sources or (UNNAMED,) * len(nats)
+        return [ScoredRow(*row) for row in zip(domains, nats.tolist(), counted.tolist(), strict=True)]
+
+
+def _by_domain(rows: Iterable[ScoredRow]) -> Losses:
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        total = sums.setdefault(row.domain, [0.0, 0.0])
+        total[0] += row.nats
+        total[1] += row.tokens
+    return {domain: nats / tokens for domain, (nats, tokens) in sorted(sums.items())}
 
 
 def _meta(batch: MicroBatch) -> ForwardMeta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +29,7 @@ def search_model(
     """Searches the linear layers that a plan quantizes.
 
     Args:
-        source: a full-precision MODEL directory.
-        plan: has a `search` section.
-        text: the last `search.held_out` of its rows is kept from the search, for the choice at the end.
+        source, plan, text: see `search_target`.
         directory: keeps every finished evaluation; the search goes on from there after a kill. None: nothing is kept.
         progress: called with each finished layer's name.
 
@@ -41,20 +40,31 @@ def search_model(
         ConfigError: the plan has no search, or `directory` holds one with other settings, text or model.
         DataError: too little text to hold some out.
     """
+    target, settings = search_target(source, plan, text)
+    outcome = search_planned(target, plan, directory, settings, progress)
+    return target.packed(outcome.knobs), outcome
+
+
+def search_target(
+    source: str | Path, plan: CompressPlan, text: Sequence[MicroBatch]
+) -> tuple[DecoderTarget, dict[str, Any]]:
+    """The model that a plan searches, and what its losses depend on.
+
+    Args:
+        source: a full-precision MODEL directory.
+        plan: has a `search` section.
+        text: a share of its rows, `search.held_out` of each language, is kept from the search, for the choice at the
+            end.
+
+    Raises:
+        ConfigError: the plan has no search.
+        DataError: too little text to hold some out.
+    """
     if plan.search is None:
         raise ConfigError("this plan has no search section")
-    batches = [batch for batch in text if batch.tokens.shape[0]]
-    kept = max(1, round(len(batches) * plan.search.held_out))
-    if len(batches) < 2:
-        raise DataError(
-            "the search needs two batches of text at least, one of them to compare on; raise calibration.tokens"
-        )
+    seen, held_out = split_text(text, plan.search.held_out)
     with ModelFiles(source) as files:
         chosen = choose_modules(files, canonical_names(files), plan)
-    # Languages follow each other in the text: every n-th batch is held out, so that each language has some.
-    every = max(2, len(batches) // kept)
-    held_out = batches[every - 1 :: every]
-    seen = [batch for place, batch in enumerate(batches) if place % every != every - 1]
     target = DecoderTarget(
         load_model(source).decoder,
         list(chosen),
@@ -66,10 +76,56 @@ def search_model(
     settings: dict[str, Any] = {
         "model": artifact_input("model", source).digest,
         "modules": {stem: [one.bits, one.group_size] for stem, one in chosen.items()},
-        "text": digest_json([batch.tokens.tolist() for batch in batches]),
+        "text": digest_json([batch.tokens.tolist() for batch in text]),
+        "held_out": plan.search.held_out,
         "slack": plan.search.slack,
     }
-    outcome = search_layers(
+    return target, settings
+
+
+def split_text(text: Sequence[MicroBatch], share: float) -> tuple[list[MicroBatch], list[MicroBatch]]:
+    """Text to search on, and text to choose on at the end: rows of each language by turns.
+
+    Args:
+        text: rows that name their language.
+        share: about as much of each language is held out; at most every other row.
+
+    Raises:
+        DataError: a language has one row only.
+    """
+    every = max(2, round(1 / share))
+    count: Counter[str] = Counter(source for batch in text for source in batch.sources)
+    for language, found in count.items():
+        if found < 2:
+            raise DataError(
+                f"the search needs two rows of {language} at least, one of them to compare on; raise "
+                "calibration.tokens or its share"
+            )
+    met: Counter[str] = Counter()
+    parts: tuple[list[MicroBatch], list[MicroBatch]] = ([], [])
+    for batch in text:
+        rows: tuple[list[int], list[int]] = ([], [])
+        for row, language in enumerate(batch.sources):
+            met[language] += 1
+            # Where a language has fewer rows than that, its last one is held out.
+            last = met[language] == count[language] < every
+            rows[met[language] % every == 0 or last].append(row)
+        for part, numbers in zip(parts, rows, strict=True):
+            if numbers:
+                part.append(batch.select(numbers))
+    return parts
+
+
+def search_planned(
+    target: DecoderTarget,
+    plan: CompressPlan,
+    directory: Path | None,
+    settings: dict[str, Any],
+    progress: Callable[[str], None] | None = None,
+) -> SearchOutcome:
+    """Searches what `search_target` made, with the plan's settings."""
+    assert plan.search is not None
+    return search_layers(
         target,
         rounds=plan.search.rounds,
         sampler=plan.search.sampler,
@@ -79,7 +135,6 @@ def search_model(
         seed=plan.search.seed,
         progress=progress,
     )
-    return target.packed(outcome.knobs), outcome
 
 
 def outcome_dict(outcome: SearchOutcome) -> dict[str, Any]:

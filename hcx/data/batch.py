@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,11 @@ class MicroBatch:
     def heaviest(self, rows: int) -> MicroBatch:
         """The `rows` rows with the most target weight, in their order; the earlier of equal ones."""
         ranked = sorted(range(self.tokens.shape[0]), key=lambda row: -float(self.weights[row].sum()))
-        kept = sorted(ranked[:rows])
+        return self.select(sorted(ranked[:rows]))
+
+    def select(self, rows: Sequence[int]) -> MicroBatch:
+        """Some of the rows, by their numbers, in the order given."""
+        kept = list(rows)
         return MicroBatch(
             tokens=self.tokens[kept],
             labels=self.labels[kept],

@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hcx.compress import InputStatistics
+from hcx.compress import InputStatistics, quantize
+from hcx.compress.bcq import coder
 from hcx.compress.plan import ModulePlan
 from hcx.dist import derived_generator
 from hcx.errors import ConfigError, HcxError
@@ -115,7 +117,9 @@ def _shape(config: ModelConfig, name: str) -> tuple[int, ...]:
 def measure_compress(
     work: Path, layers: int, bits: int, group_size: int, method: str, threads: int, config: ModelConfig = SEVEN_B
 ) -> list[CompressRow]:
-    """Compresses a random model in a process of its own, then times plain rounding and HQQ on one block's matrices.
+    """Compresses a random model in a process of its own, then times one block's matrices in memory.
+
+    Beside the method itself: its reference in torch, plain rounding, and HQQ.
 
     Args:
         work: a directory to make the model in, and to remove it from; it needs 2 bytes per parameter and the result's.
@@ -170,11 +174,16 @@ def measure_compress(
         ("hcx in memory", method, lambda weight: settings.quantize(weight).dequantize()),
         ("hcx in memory", "uniform", lambda weight: plain.quantize(weight).dequantize()),
     ]
+    if method == "alternating" and coder() == "native":
+        reference = partial(
+            quantize, bits=bits, group_size=group_size, rounds=settings.rounds, offset=settings.offset, reference=True
+        )
+        contenders.append(("hcx in torch", method, lambda weight: reference(weight).dequantize()))
     peer = _hqq(bits, group_size)
     if peer is not None:
         contenders.append(("hqq", "hqq", peer))
-    for name, how, quantize in contenders:
-        seconds, error = _time_block(config, quantize, threads)
+    for name, how, contender in contenders:
+        seconds, error = _time_block(config, contender, threads)
         rows.append(row(name, how, seconds=round(seconds * layers, 1), relative_error=round(error, 5)))
     return rows
 

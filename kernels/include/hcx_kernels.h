@@ -1,4 +1,4 @@
-/* C ABI of the native kernels: products with binary-coded weights on a CPU.
+/* C ABI of the native kernels: products with binary-coded weights on a CPU, and their codes.
  *
  * Knows nothing of torch. Functions return a status, never throw, and check everything that they are given: pointers,
  * alignment, sizes, and the header of a packed weight. FORMAT.md specifies the canonical tensors; README.md the machine
@@ -140,6 +140,38 @@ HCX_API int32_t hcx_gf2_encode(const hcx_gf2_shape* shape, const uint8_t* networ
                                int64_t codes_bytes, int64_t* errors, int32_t isa, int32_t threads);
 /* Bits [rows, 8 row_bytes] -> [8 row_bytes, 8 ceil(rows / 8)], padded with zeros. */
 HCX_API int32_t hcx_bit_transpose(const uint8_t* from, int64_t rows, int64_t row_bytes, uint8_t* to, int64_t to_bytes);
+
+/* Alternating binary codes (Xu et al. 2018, section 3) of groups [count, size], each by itself, from the greedy codes and
+ * from 3 bits on from an even grid too; the better end is kept, with scales rounded to `scale_dtype` (hcx_dtype).
+ * groups: finite. importance: null, or how much a squared error counts, above 0, [count, size]. patterns [count, size]:
+ * bit i is plane i. scales [count, bits], falling. offsets [count]: zeros without one. */
+HCX_API int32_t hcx_bcq_alternate(const float* groups, const float* importance, int64_t count, int64_t size,
+                                  int32_t bits, int32_t rounds, int32_t has_offset, int32_t scale_dtype,
+                                  uint8_t* patterns, float* scales, float* offsets, int32_t threads);
+
+/* Columns start .. stop - 1 of a matrix whose codes are chosen one column after another; at most 64 of them. */
+typedef struct {
+    int64_t rows, columns;
+    int64_t start, stop;
+    int64_t group;         /* columns that share a grid */
+    const float* scales;   /* [rows, groups, bits] */
+    const float* offsets;  /* [rows, groups] */
+    uint8_t* patterns;     /* [rows, columns]; bit i is plane i */
+    int32_t bits;
+    int32_t reserved; /* 0 */
+} hcx_bcq_columns;
+
+/* Error feedback (Frantar et al. 2023, section 3) within a block. current: [rows, columns] in the order of visits, of
+ * which columns start .. stop - 1 are changed. order [columns]: where column i of it is stored. upper: the Cholesky
+ * factor of the inverse Gram matrix in that order, [columns, columns]. errors [rows, stop - start]: what the caller
+ * shares among the columns behind the block. Patterns of the visited columns are written. */
+HCX_API int32_t hcx_bcq_feed_back(const hcx_bcq_columns* block, const int64_t* order, const float* upper, float* current,
+                                  float* errors, int32_t threads);
+/* Coordinate descent within a block: each weight takes the level nearest to what all others leave it. gram: [columns,
+ * columns]. pull [rows, stop - start]: (W - W') gram of the block's columns; changed. deltas: by how much each weight
+ * moved. The first `frozen` planes keep their bits. Patterns below 2^bits are read and written. */
+HCX_API int32_t hcx_bcq_choose_codes(const hcx_bcq_columns* block, const float* gram, float* pull, float* deltas,
+                                     int32_t frozen, int32_t threads);
 
 /* Reads memory as fast as the CPU can: the floor that benchmarks compare with. */
 HCX_API int32_t hcx_read(const void* data, int64_t bytes, int32_t threads, uint64_t* xor_of_words);

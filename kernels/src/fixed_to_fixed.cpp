@@ -1,11 +1,9 @@
 // Encoding: cuts the stream into segments, each searched alone, and packs the code words.
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "layout.h"
+#include "memory.h"
 #include "pool.h"
 #include "viterbi.h"
 
@@ -28,15 +26,6 @@ const SearchSet& search_of(int isa) {
 #endif
     (void)isa;
     return kSearchPortable;
-}
-
-struct Release {
-    void operator()(void* memory) const { std::free(memory); }
-};
-using Block = std::unique_ptr<void, Release>;
-
-Block block_of(int64_t bytes) {
-    return Block(std::aligned_alloc(kAlignment, static_cast<size_t>(ceil_div(bytes + 1, kAlignment) * kAlignment)));
 }
 
 struct Encoder {

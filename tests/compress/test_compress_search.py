@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from hcx.compress.rounding import (
 )
 from hcx.compress.search import DecoderTarget, search_layers
 from hcx.compress.search_study import WEIGHT_GRIDS, Losses, Trial, accepted, evaluations, search_layer
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, DataError
 from hcx.kernels import Spec, select
 from hcx.model.load import load_model
 from hcx.testing.batches import packed_rows
@@ -330,20 +331,37 @@ def test_the_command_searches_and_the_directory_has_the_loss_that_was_told(
     # Score the directory that was written on the same held-out rows.
     from hcx.compress import Calibration
     from hcx.compress.calibration_text import calibration_batches
+    from hcx.compress.search_model import split_text
 
     batches = calibration_batches(Calibration(tokens=1536, seq_len=32), 256, None, shards)
-    every = max(2, len(batches) // max(1, round(len(batches) * 0.25)))
     decoder = load_model(tmp_path / "out").decoder
     sums: dict[str, list[float]] = {}
     from hcx.model.meta import ForwardMeta
 
-    for batch in batches[every - 1 :: every]:
+    for batch in split_text(batches, 0.25)[1]:
         hidden = decoder(batch.tokens, ForwardMeta(positions=batch.positions, document_ids=batch.document_ids))
         logprobs = decoder.output(hidden).token_logprobs(batch.labels)
         for row, source in enumerate(batch.sources):
             sums.setdefault(source, []).append(-float(logprobs[row].double().mean()))
     for language, losses in sums.items():
         assert sum(losses) / len(losses) == pytest.approx(told["held_out"][told["chosen"]][language], rel=1e-5)
+
+
+def test_the_choice_at_the_end_reads_rows_of_every_language_that_no_search_reads() -> None:
+    """Also where there is little text: whole batches, by turns, had left some languages out."""
+    from hcx.compress.search_model import split_text
+
+    text = [replace(packed_rows(8, 16, 384, seed=1), sources=("ko",) * 6 + ("en",) * 2)]
+    text.append(replace(packed_rows(8, 16, 384, seed=2), sources=("en",) * 6 + ("code",) * 2))
+    seen, held_out = split_text(text, 0.25)
+    named = [Counter(name for batch in part for name in batch.sources) for part in (seen, held_out)]
+    assert named == [{"ko": 5, "en": 6, "code": 1}, {"ko": 1, "en": 2, "code": 1}]
+    whole = Counter(tuple(row) for batch in text for row in batch.tokens.tolist())
+    parted = Counter(tuple(row) for part in (seen, held_out) for batch in part for row in batch.tokens.tolist())
+    assert parted == whole
+    assert [len(batch.sources) for batch in seen + held_out] == [7, 5, 1, 3]
+    with pytest.raises(DataError, match="two rows of code at least"):
+        split_text([replace(text[1].select(range(7)), sources=("en",) * 6 + ("code",))], 0.25)
 
 
 def test_a_plan_that_mixes_a_search_with_other_methods_is_refused() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hcx.cli.main import main
+from hcx.kernels import native
 from hcx.model.load import load_model
-from hcx.recipe.bench_seven_b import SEVEN_B, write_random_model
+from hcx.recipe.bench_seven_b import SEVEN_B, measure_compress, write_random_model
 
 
 def test_the_random_model_is_one_that_loads(tmp_path: Path) -> None:
@@ -36,3 +37,13 @@ def test_every_contender_gets_a_row_and_the_model_is_removed(
     assert 0.1 < rows[2]["relative_error"] < 0.4
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(rows)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
+def test_the_native_coder_is_timed_beside_its_reference(tmp_path: Path) -> None:
+    small = SEVEN_B.model_copy(
+        update={"hidden_size": 64, "intermediate_size": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 256}
+    )
+    rows = measure_compress(tmp_path / "work", 1, 3, 32, "alternating", 1, small)
+    errors = {(row.contender, row.method): row.relative_error for row in rows}
+    assert errors["hcx in torch", "alternating"] == pytest.approx(errors["hcx in memory", "alternating"], rel=1e-3)
