@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hcx.cli.output import echo, keep_rows, table, write_rows
+
+if TYPE_CHECKING:
+    from hcx.recipe.bench_compress import CompressRow
 
 
 def compress(
@@ -29,6 +32,10 @@ def compress(
         str | None, typer.Option(help="of calibration text, such as ko=0.4,en=0.4,code=0.2; the shards' if absent")
     ] = None,
     max_documents: Annotated[int | None, typer.Option(help="scored per language")] = None,
+    by: Annotated[str, typer.Option(help="what bcq-mixed gives planes to: layer, type or matrix")] = "layer",
+    sensitivity_documents: Annotated[
+        int, typer.Option("--sensitivity-documents", help="that bcq-mixed reads per language, behind those scored")
+    ] = 16,
     quick: Annotated[bool, typer.Option("--quick", help="3 bits, little text")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
@@ -47,6 +54,8 @@ def compress(
         given = {name: float(value) for name, _, value in split}
     except ValueError:
         raise ConfigError(f"--bits {bits}, --shares {shares}: expected 4,3,2.5 and ko=0.4,en=0.6") from None
+    if sensitivity_documents < 1:
+        raise ConfigError(f"--sensitivity-documents {sensitivity_documents}: must be at least 1")
     if not widths or not all(1 <= width <= 8 for width in widths) or group_size < 8:
         raise ConfigError(f"--bits {bits}, --group-size {group_size}: 1 to 8 bits, groups of at least 8")
     if quick:
@@ -62,6 +71,8 @@ def compress(
         group_size,
         settings,
         max_documents=max_documents,
+        by=by,
+        sensitivity_documents=sensitivity_documents,
     )
     rows = keep_rows(measured, out, lambda row: row.as_dict())
     if not write_rows([row.as_dict() for row in rows], None, as_json):
@@ -71,17 +82,25 @@ def compress(
         table(
             f"{width:g} bits, {language}: {own[0].tokens:,} held-out tokens, "
             f"full precision {own[0].bits_per_byte_full:.4f} bits per byte",
-            ("contender", "group", "bits per weight", "KL (nats per token)", "less the best of ours", "bits per byte"),
+            ("contender", "group", "bits per weight", "KL (nats per token)", "less ours", "bits per byte", "less ours"),
             [
                 (
                     row.contender,
                     row.group_size,
                     f"{row.bits_per_weight:.3f}",
                     f"{row.kl:.4f} ({row.kl_low:.4f} to {row.kl_high:.4f})",
-                    f"{row.kl_excess:+.4f} ({row.kl_excess_low:+.4f} to {row.kl_excess_high:+.4f})",
-                    f"{row.bits_per_byte:.4f} ({row.bits_per_byte_low:.4f} to {row.bits_per_byte_high:.4f})",
+                    _excess(row, "kl"),
+                    f"{row.bits_per_byte:.4f}",
+                    _with_interval(
+                        row.bits_per_byte_excess, row.bits_per_byte_excess_low, row.bits_per_byte_excess_high
+                    ),
                 )
                 for row in sorted(own, key=lambda row: row.kl)
             ],
         )
     echo(f"calibrated on {rows[0].calibration_tokens:,} tokens of training text, in one pass over full precision")
+
+
+def _excess(row: CompressRow, of: str) -> str:
+    value, low, high = (getattr(row, f"{of}_excess{end}") for end in ("", "_low", "_high"))
+    return f"{value:+.4f} ({low:+.4f} to {high:+.4f})"

@@ -53,8 +53,6 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Settings of our contenders, by the name that `--methods` takes; bits and group size come from the budget."""
 MIXED, NESTED = "bcq-mixed", "bcq-nested"
-SENSITIVITY_DOCUMENTS = 16
-"""Of each language, behind those that are scored."""
 SENSITIVITY_WIDTHS = (1, 2, 3, 4, 5, 6)
 PEER_GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that peers may take between whole numbers of bits, best first."""
@@ -76,6 +74,8 @@ class CompressRow:
         kl, kl_low, kl_high: divergence from full precision, nats per token, 95 % interval over rows.
         kl_excess, kl_excess_low, kl_excess_high: its KL less the best of ours at these bits, paired by row.
         bits_per_byte, bits_per_byte_low, bits_per_byte_high: of the compressed model.
+        bits_per_byte_excess, bits_per_byte_excess_low, bits_per_byte_excess_high: the same for bits per byte, less
+            those of ours with the smallest KL.
         bits_per_byte_full: of the full-precision model.
         top1: share of positions with the same most likely token.
         tokens: held-out tokens scored.
@@ -101,6 +101,9 @@ class CompressRow:
     bits_per_byte: float
     bits_per_byte_low: float
     bits_per_byte_high: float
+    bits_per_byte_excess: float
+    bits_per_byte_excess_low: float
+    bits_per_byte_excess_high: float
     bits_per_byte_full: float
     top1: float
     tokens: int
@@ -166,6 +169,8 @@ def measure(
     calibration: Calibration,
     seq_len: int = 256,
     max_documents: int | None = None,
+    by: str = "layer",
+    sensitivity_documents: int = 16,
 ) -> Iterator[CompressRow]:
     """Quantizes with every contender at every width, and scores each.
 
@@ -179,6 +184,8 @@ def measure(
         calibration: how much text, of which languages.
         seq_len: tokens per scored row.
         max_documents: scored per language; all if not given.
+        by: what `bcq-mixed` gives planes to: `layer`, `type` or `matrix`.
+        sensitivity_documents: that it reads, of each language, behind those that are scored.
 
     Raises:
         ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, or a
@@ -208,7 +215,8 @@ def measure(
             shards_directory,
             ModulePlan(group_size=group_size, method="alternating"),
             SENSITIVITY_WIDTHS,
-            max_documents=SENSITIVITY_DOCUMENTS,
+            by=by,
+            max_documents=sensitivity_documents,
             seq_len=seq_len,
             first_document=max_documents or 0,
             progress=log.info,
@@ -416,6 +424,7 @@ def _row(
     kl: Estimate = ratio_estimate(scores.kl, rows.counts)
     excess = ratio_estimate([a - b for a, b in zip(scores.kl, best.kl, strict=True)], rows.counts)
     bpb = ratio_estimate(scores.nats, rows.counts, to_bits)
+    more = ratio_estimate([a - b for a, b in zip(scores.nats, best.nats, strict=True)], rows.counts, to_bits)
     return CompressRow(
         model=shared[0],
         model_digest=shared[1],
@@ -435,6 +444,9 @@ def _row(
         bits_per_byte=bpb.value,
         bits_per_byte_low=bpb.low,
         bits_per_byte_high=bpb.high,
+        bits_per_byte_excess=more.value,
+        bits_per_byte_excess_low=more.low,
+        bits_per_byte_excess_high=more.high,
         bits_per_byte_full=rows.nats / math.log(2) / rows.num_bytes,
         top1=sum(scores.same) / total,
         tokens=round(total),

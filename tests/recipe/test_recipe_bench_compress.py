@@ -93,7 +93,13 @@ def test_the_command_compares_at_equal_bytes_and_appends_rows(
         assert found.keys() >= {"bcq", "bcq-plain", "rtn"}
         assert found["bcq"]["bits_per_weight"] <= leanest + 1e-9
         assert min(row["kl_excess"] for name, row in found.items() if name.startswith("bcq")) == 0
+        best = min(
+            (row for row in found.values() if row["contender"] in ("bcq", "bcq-plain")), key=lambda row: row["kl"]
+        )
         for row in found.values():
+            more = row["bits_per_byte"] - best["bits_per_byte"]
+            assert row["bits_per_byte_excess"] == pytest.approx(more, abs=1e-9)
+            assert row["bits_per_byte_excess_low"] <= more <= row["bits_per_byte_excess_high"]
             assert row["kl_low"] < row["kl"] < row["kl_high"]
             assert row["bits_per_byte_low"] < row["bits_per_byte"] < row["bits_per_byte_high"]
     with open(tmp_path / "rows.csv", newline="", encoding="utf-8") as file:
@@ -121,6 +127,32 @@ def test_between_whole_bits_a_plan_by_sensitivity_stands_beside_peers_within_its
         budget = budget_of(bits, {"rtn": PEERS["rtn"]}, 32)
         assert all(row["bits_per_weight"] <= budget + 1e-9 for (_, one), row in at.items() if one == bits)  # type: ignore[operator]
     assert at["rtn", 2.5]["bits_per_weight"] == PEERS["rtn"].bits_per_weight(2, at["rtn", 2.5]["group_size"])  # type: ignore[arg-type]
+
+
+def test_planes_can_go_by_type_after_few_documents(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "--bits",
+        "2.5",
+        "--methods",
+        "bcq-mixed",
+        "--peers",
+        "",
+        "--by",
+        "type",
+        "--sensitivity-documents",
+        "2",
+    )
+    rows = rows_of(model, capsys, *arguments)
+    assert {row["contender"] for row in rows} == {"bcq-mixed"}
+    assert all(row["bits_per_weight"] <= budget_of(2.5, {}, 32) + 1e-9 for row in rows)
+    for bad, message in (
+        (("--by", "head"), "allowed: layer, type, matrix"),
+        (("--sensitivity-documents", "0"), "at least 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", "compress", str(model), *SMALL, *arguments, *bad])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_one_nested_artifact_equals_its_narrowest_width_alone_and_is_behind_at_wider_ones(
