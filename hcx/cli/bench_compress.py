@@ -91,9 +91,7 @@ def compress(
                     f"{row.kl:.4f} ({row.kl_low:.4f} to {row.kl_high:.4f})",
                     _excess(row, "kl"),
                     f"{row.bits_per_byte:.4f}",
-                    _with_interval(
-                        row.bits_per_byte_excess, row.bits_per_byte_excess_low, row.bits_per_byte_excess_high
-                    ),
+                    _excess(row, "bits_per_byte"),
                 )
                 for row in sorted(own, key=lambda row: row.kl)
             ],
