@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from hcx.errors import ConfigError
 from hcx.generate.cache import ContiguousKVCache
+from hcx.generate.native_step import best_steps
 from hcx.generate.request import Completion, Piece, Request
 from hcx.generate.sampling import SamplingParams
 from hcx.generate.scheduler import Scheduler
-from hcx.generate.step import EagerSteps, Steps
+from hcx.generate.step import Steps
 from hcx.generate.text import Detokenizer
 from hcx.model.load import LoadedModel
 
@@ -32,7 +33,7 @@ class Generator:
         max_batch: requests that run at the same time; more wait.
         max_seq: prompt and answer together; the model's own limit if not given.
         prefill_tokens: see `Scheduler`.
-        steps: what computes; plain torch if not given.
+        steps: what computes; `best_steps` if not given.
 
     Raises:
         ConfigError: a size is out of range.
@@ -55,7 +56,7 @@ class Generator:
             raise ConfigError(f"max_batch = {max_batch}; must be at least 1")
         weight = loaded.decoder.output_weight()
         cache = ContiguousKVCache(loaded.config, max_batch, self.max_seq, weight.dtype, weight.device)
-        steps = steps or EagerSteps(loaded.decoder)
+        steps = steps or best_steps(loaded.decoder)
         self.scheduler = Scheduler(steps, loaded.config, cache, prefill_tokens, routed=bool(loaded.tasks))
         self.detokenizer = None if loaded.tokenizer is None else Detokenizer(loaded.tokenizer)
         self.stop_ids = _end_tokens(loaded)

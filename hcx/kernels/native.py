@@ -85,6 +85,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "hcx_gf2_correct": (_P, _P, _I64, _P, _I64),
     "hcx_gf2_encode": (_P, _P, _I64, _P, _P, _I64, _P, _I64, _P, _I32, _I32),
     "hcx_bit_transpose": (_P, _I64, _I64, _P, _I64),
+    "hcx_decode_step": (_P, _P, _P, _I64, _P, _I32, _I32, _I32),
     "hcx_bcq_alternate": (_P, _P, _I64, _I64, _I32, _I32, _I32, _I32, _P, _P, _P, _I32),
     "hcx_bcq_feed_back": (_P, _P, _P, _P, _P, _I32),
     "hcx_bcq_choose_codes": (_P, _P, _P, _P, _I32, _I32),
@@ -455,9 +456,9 @@ class Grids:
         """A block of columns for the C interface."""
         rows, columns = self.patterns.shape
         groups, bits = -(-columns // self.group_size), self.scales.shape[2]
-        _require(self.scales, torch.float32, (rows, groups, bits))
-        _require(self.offsets, torch.float32, (rows, groups))
-        _require(self.patterns, torch.uint8, (rows, columns))
+        require(self.scales, torch.float32, (rows, groups, bits))
+        require(self.offsets, torch.float32, (rows, groups))
+        require(self.patterns, torch.uint8, (rows, columns))
         pointers = (tensor.data_ptr() for tensor in (self.scales, self.offsets, self.patterns))
         return _Columns(rows, columns, start, stop, self.group_size, *pointers, bits, 0)
 
@@ -479,9 +480,9 @@ def feed_back(grids: Grids, order: Tensor, upper: Tensor, current: Tensor, start
         KernelError: shapes or types disagree.
     """
     rows, columns = grids.patterns.shape
-    _require(order, torch.int64, (columns,))
-    _require(upper, torch.float32, (columns, columns))
-    _require(current, torch.float32, (rows, columns))
+    require(order, torch.int64, (columns,))
+    require(upper, torch.float32, (columns, columns))
+    require(current, torch.float32, (rows, columns))
     errors = torch.empty(rows, stop - start)
     block, pointers = grids.columns(start, stop), (tensor.data_ptr() for tensor in (order, upper, current, errors))
     check(library().hcx_bcq_feed_back(ctypes.byref(block), *pointers, torch.get_num_threads()), "error feedback")
@@ -505,8 +506,8 @@ def choose_codes(grids: Grids, gram: Tensor, pull: Tensor, start: int, stop: int
         KernelError: shapes or types disagree.
     """
     rows, columns = grids.patterns.shape
-    _require(gram, torch.float32, (columns, columns))
-    _require(pull, torch.float32, (rows, stop - start))
+    require(gram, torch.float32, (columns, columns))
+    require(pull, torch.float32, (rows, stop - start))
     deltas = torch.empty(rows, stop - start)
     block, pointers = grids.columns(start, stop), (tensor.data_ptr() for tensor in (gram, pull, deltas))
     check(
@@ -516,7 +517,12 @@ def choose_codes(grids: Grids, gram: Tensor, pull: Tensor, start: int, stop: int
     return deltas
 
 
-def _require(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def require(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor that the C interface would read wrongly.
+
+    Raises:
+        KernelError: its type, shape, layout or device is another.
+    """
     if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.is_cuda:
         raise KernelError(
             f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "

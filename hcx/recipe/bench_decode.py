@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hcx.compress.plan import ModulePlan
 from hcx.errors import ConfigError
 from hcx.generate.cache import ContiguousKVCache
+from hcx.generate.native_step import NativeSteps, why_not_native
 from hcx.generate.step import EagerSteps
 from hcx.model.config import ModelConfig
 from hcx.model.convert.peer import transformers_decoding, transformers_version
@@ -109,7 +110,7 @@ def measure_decode(
     for name, dtype in (("hcx-fp32", torch.float32), ("hcx-bf16", torch.bfloat16)):
         decoder = _decoder(model, config, dtype)
         contenders.append(
-            _Contender(name, 8 * dtype.itemsize, "full", _decoding(decoder, prompt, tokens, dtype), decoder)
+            _Contender(name, 8 * dtype.itemsize, "full", _decoding(EagerSteps(decoder), prompt, tokens, dtype), decoder)
         )
     heads = dict.fromkeys((0, output_bits))
     for planes, head in itertools.product(bits, heads):
@@ -119,8 +120,12 @@ def measure_decode(
             plan = ModulePlan(bits=head, group_size=group_size, method="uniform")
             weight = plan.quantize(decoder.output_weight().float()).to_packed()
             decoder.output_source = BCQSource({"output": weight}, numerics)
-        step = _decoding(decoder, prompt, tokens, torch.float32)
         name = f"hcx-{planes}bit" + (f"-output{head}" if head else "")
+        if why_not_native(decoder) is None:
+            step = _decoding(NativeSteps(decoder), prompt, tokens, torch.float32)
+            contenders.append(_Contender(name, planes, numerics, step, None))
+            name += "-eager"
+        step = _decoding(EagerSteps(decoder), prompt, tokens, torch.float32)
         contenders.append(_Contender(name, planes, numerics, step, decoder))
     peer = transformers_decoding(config, torch.bfloat16, prompt)
     contenders.append(_Contender("transformers-bf16", 16, "full", peer, None))
@@ -142,7 +147,7 @@ def measure_decode(
             ms_p2=round(1e3 * sorted(own)[int(0.02 * tokens)], 3),
             ms_p50=round(1e3 * sorted(own)[tokens // 2], 3),
             tokens_per_s=round(1 / sorted(own)[tokens // 2], 2),
-            products=None if contender.decoder is None else round(_share_of_products(contender, prompt), 3),
+            products=None if contender.decoder is None else round(_share_of_products(contender), 3),
             device=cpu_name(),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
@@ -176,9 +181,9 @@ def _compress(decoder: Decoder, plan: ModulePlan, numerics: str) -> None:
         part.replace_source(BCQSource(packed, numerics))
 
 
-def _decoding(decoder: Decoder, prompt: Tensor, tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _decoding(steps: EagerSteps, prompt: Tensor, tokens: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     """Reads the prompt; every call then makes the next token, greedily."""
-    steps, length = EagerSteps(decoder), prompt.shape[1]
+    decoder, length = steps.decoder, prompt.shape[1]
     # One token more than is timed: the share of products is taken from further ones.
     cache = ContiguousKVCache(decoder.config, 1, length + tokens + EXTRA, dtype)
     hidden = steps.prefill(prompt, torch.arange(length)[None], cache.view(0, 1, length))
@@ -197,7 +202,7 @@ EXTRA = 12
 """Tokens after the timed ones, to see where the time goes."""
 
 
-def _share_of_products(contender: _Contender, prompt: Tensor) -> float:
+def _share_of_products(contender: _Contender) -> float:
     """The part of a token's time that is spent in weight sources; a dense output matrix counts as outside."""
     assert contender.decoder is not None
     inside, begun = [0.0], [0.0]

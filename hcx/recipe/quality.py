@@ -17,7 +17,7 @@ from hcx.data import ShardSet, validation_batches, validation_bytes
 from hcx.errors import CheckpointError
 from hcx.evals.statistics import Z95, sign_flips
 from hcx.generate.cache import ContiguousKVCache
-from hcx.generate.step import EagerSteps
+from hcx.generate.native_step import best_steps
 from hcx.model.load import LoadedModel, load_model
 from hcx.model.meta import ForwardMeta
 
@@ -200,7 +200,7 @@ def _score_row(
 @torch.no_grad()
 def decode_rate(model: LoadedModel, tokens: int, context: int = 32) -> float:
     """Tokens per second of one request, from the median time of a token after a context of arbitrary ids."""
-    steps = EagerSteps(model.decoder)
+    steps = best_steps(model.decoder)
     context = min(context, model.config.max_seq_len - tokens - 1)
     dtype = next(model.decoder.parameters()).dtype
     cache = ContiguousKVCache(model.config, 1, context + tokens, dtype)

@@ -101,6 +101,42 @@ HCX_API int32_t hcx_bcq_dequantize(const void* packed, int64_t packed_bytes, flo
 HCX_API int32_t hcx_bcq_matmul(const hcx_bcq_weight* weights, int32_t count, const float* x, int64_t x_stride,
                                int64_t batch, float* y, int64_t y_stride, int32_t method, int32_t isa, int32_t threads);
 
+/* One residual branch: RMSNorm, products, a second RMSNorm if there is one. */
+typedef struct {
+    const float* norm;             /* [hidden] */
+    const float* post_norm;        /* [hidden], or null */
+    const hcx_bcq_weight* inner;   /* q, k, v; or gate, up: together (heads + 2 kv_heads) head_dim or 2 intermediate rows */
+    const hcx_bcq_weight* outer;   /* o; or down: hidden rows */
+    int32_t inner_count;
+    int32_t reserved; /* 0 */
+} hcx_sublayer;
+
+/* A decoder whose linear layers are binary-coded: rotary grouped-query attention and SwiGLU in turns. */
+typedef struct {
+    int64_t layers, hidden, intermediate;
+    int64_t heads, kv_heads, head_dim;
+    const hcx_sublayer* sublayers; /* [2 layers] */
+    const float* norm;             /* [hidden], after the last block */
+    const float* cosines;          /* [positions, head_dim / 2] */
+    const float* sines;
+    int64_t positions;
+    float eps, attention_scale, residual_multiplier;
+    float reserved; /* 0 */
+} hcx_decoder;
+
+/* Keys and values in fp32; the heads of a place follow each other. Strides are in numbers. */
+typedef struct {
+    float* keys;
+    float* values;
+    int64_t layer_stride, row_stride, place_stride;
+    int64_t places; /* of a row */
+} hcx_cache;
+
+/* One token for each of `batch` rows: hidden [batch, hidden] holds embeddings, and afterwards what the last norm gives.
+ * Row i stands at positions[i]; its keys and values are stored there, and it sees all places up to there. */
+HCX_API int32_t hcx_decode_step(const hcx_decoder* decoder, const hcx_cache* cache, const int64_t* positions,
+                                int64_t batch, float* hidden, int32_t method, int32_t isa, int32_t threads);
+
 /* BiQGEMM (Jeon et al. 2020) with keys of 8 inputs and fp32 tables, as published. Same arguments as above. */
 HCX_API int32_t hcx_biqgemm_packed_bytes(const hcx_bcq_shape* shape, int64_t* bytes);
 HCX_API int32_t hcx_biqgemm_pack(const hcx_bcq_shape* shape, const uint8_t* planes, int64_t planes_bytes,

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from hcx.dist import derived_generator
 from hcx.kernels import PackedWeight, Spec, select
+from hcx.kernels.cpu import TableBackend
+from hcx.kernels.native import NativeWeight
 from hcx.model.naming import CanonicalSlice, ParameterMap
 
 
@@ -191,6 +193,19 @@ class _PackedProduct(torch.autograd.Function):
         return (grad.float() @ ctx.weight.dequantize(torch.float32)).to(grad.dtype), None, None
 
 
+@dataclass(frozen=True)
+class TableProduct:
+    """What a source multiplies by in one call of the native tables.
+
+    Attributes:
+        method: of the tables, a key of `native.METHODS`.
+        weights: in row order of the fused matrix.
+    """
+
+    method: str
+    weights: tuple[NativeWeight, ...]
+
+
 class BCQSource(WeightSource):
     """Binary-coded weights, one `PackedWeight` per stem, multiplied by a kernel of the requested numerics class.
 
@@ -219,6 +234,16 @@ class BCQSource(WeightSource):
     def kernels(self) -> tuple[str, ...]:
         """Names of the backends in use."""
         return tuple(backend.name for backend in self._backends)
+
+    def table_product(self) -> TableProduct | None:
+        """The product as the native tables do it in one call; None where another kernel, or more than one, serves."""
+        first = self._backends[0]
+        if not isinstance(first, TableBackend) or any(backend is not first for backend in self._backends):
+            return None
+        weights = tuple(weight for weight in self._weights if isinstance(weight, NativeWeight))
+        if len({weight.group_size for weight in weights}) > 1:
+            return None
+        return TableProduct(first.method, weights)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._kept and torch.is_grad_enabled() and x.requires_grad:
