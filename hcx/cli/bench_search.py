@@ -20,6 +20,9 @@ def search(
     seeds: Annotated[str, typer.Option(help="comma-separated; each draws other calibration text")] = "0,1,2,3",
     group_size: Annotated[int, typer.Option("--group-size", help="inputs that share a step")] = 128,
     tokens: Annotated[int, typer.Option(help="of calibration text")] = 8192,
+    objective: Annotated[str, typer.Option(help="divergence from full precision, or loss")] = "divergence",
+    start: Annotated[str, typer.Option(help="least_squares or rounding")] = "least_squares",
+    noise: Annotated[float, typer.Option(help="standard errors by which a setting must be better")] = 2.0,
     rounds: Annotated[int, typer.Option(help="over all knobs of a layer")] = 2,
     max_documents: Annotated[int | None, typer.Option(help="scored per language")] = None,
     keep: Annotated[
@@ -48,6 +51,7 @@ def search(
     if quick:
         widths, drawn, rounds, tokens = widths[:1], drawn[:1], 1, min(tokens, 4096)
         max_documents = min(max_documents or 8, 8)
+    search_settings = {"objective": objective, "start": start, "noise": noise, "rounds": rounds}
     measured = measure(
         model,
         shards or training_shards(model),
@@ -55,7 +59,7 @@ def search(
         drawn,
         group_size,
         decode(Calibration, {"tokens": tokens, "seq_len": 256}, "the command line"),
-        decode(SearchPlan, {"rounds": rounds}, "the command line"),
+        decode(SearchPlan, search_settings, "the command line"),
         max_documents=max_documents,
         keep=keep,
     )

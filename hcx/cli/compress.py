@@ -175,7 +175,11 @@ def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]
     losses = {name: sum(by.values()) / len(by) for name, by in outcome.held_out.items()}
     told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     get_logger(__name__).info(
-        "%d evaluations; held-out loss: %s nats per token; kept: %s", outcome.evaluations, told, outcome.chosen
+        "%d evaluations; held-out %s: %s nats per token; kept: %s",
+        outcome.evaluations,
+        chosen.search.objective if chosen.search is not None else "loss",
+        told,
+        outcome.chosen,
     )
     write_atomically(kept / "search.json", (json.dumps(outcome_dict(outcome), indent=1) + "\n").encode())
     return found

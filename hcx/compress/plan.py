@@ -247,8 +247,16 @@ class SearchPlan(Config):
     """Over all knobs of a layer; two rounds are 75 evaluations of the loss for each layer."""
     sampler: Literal["coordinate", "random", "tpe"] = "coordinate"
     """Coordinate descent over the grids, or as many evaluations by one of optuna's samplers."""
+    objective: Literal["divergence", "loss"] = "divergence"
+    """`loss`: of the next token. `divergence`: from the full-precision model's predictions, which is what the loss
+    rises by on text like the model's own, and needs far less text to tell two settings apart."""
+    start: Literal["least_squares", "rounding"] = "least_squares"
+    """Where each layer's search begins: at its clip of least squared error, or at plain rounding."""
     slack: Annotated[float, Field(ge=0)] = 0.02
     """Nats per token by which a winner may be worse than the one before it in any one language."""
+    noise: Annotated[float, Field(ge=0)] = 2.0
+    """Standard errors, paired by row, by which a winner must be better: the best of many settings on little text is
+    else often the luckiest."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the calibration text that no search sees; the choice at the end is made on it."""
     seed: int = 0

@@ -15,13 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hcx.compress.rounding import PLAIN, Knobs, RoundedWeight, mse_knobs, round_weight
-from hcx.compress.search_study import WEIGHT_GRIDS, Losses, Sampler, Trial, accepted, search_layer
+from hcx.compress.search_study import STRICT, WEIGHT_GRIDS, Acceptance, Losses, Sampler, Trial, accepted, search_layer
 from hcx.data.batch import MicroBatch
 from hcx.errors import DataError
 from hcx.kernels import PackedWeight
@@ -30,6 +30,12 @@ from hcx.model.meta import ForwardMeta
 from hcx.model.parts.sources import DenseSource
 from hcx.model.rope import rotary_tables
 
+Objective = Literal["divergence", "loss"]
+"""`loss`: the next token's, in nats. `divergence`: from what the full-precision model predicts: what the loss rises by
+if the text is like the model's own, without the chance of the text that is in both models' losses."""
+Start = Literal["least_squares", "rounding"]
+KEPT_PROBABILITIES = 1 << 28
+"""Of the full-precision model, kept between evaluations: 1 GiB. Those of more text are computed again each time."""
 UNNAMED = "all"
 """The domain of rows that state none."""
 
@@ -56,6 +62,9 @@ class SearchTarget(Protocol):
 
     def losses(self) -> Losses:
         """The task loss of the model as it is, on the text that searches see."""
+
+    def last_rows(self) -> Sequence[float]:
+        """Of each row of that text, at the last call of `losses`; empty where rows are not known."""
 
     def held_out_losses(self) -> Losses:
         """The task loss on text that no search sees."""
@@ -96,16 +105,20 @@ def search_layers(
     grids: Mapping[str, Sequence[float]] = WEIGHT_GRIDS,
     rounds: int = 2,
     sampler: Sampler = "coordinate",
-    epsilon: float = 1e-12,
-    slack: float = 0.02,
+    rule: Acceptance = STRICT,
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    start: Start = "rounding",
 ) -> SearchOutcome:
-    """Searches every layer of a model in the order of the forward pass; see `search_layer` for the arguments.
+    """Searches every layer of a model in the order of the forward pass; see `search_layer` for the other arguments.
 
     What comes out is never worse than plain rounding of every layer, on held-out text.
+
+    Args:
+        target: the model.
+        start: where each layer's search begins: at plain rounding, or at its clip of least squared error.
     """
     trials: dict[str, list[Trial]] = {}
     searched: dict[str, Knobs] = {}
@@ -119,17 +132,18 @@ def search_layers(
         trials[name] = search_layer(
             name,
             loss,
+            start=target.least_squares(name) if start == "least_squares" else PLAIN,
             grids=grids,
             rounds=rounds,
             sampler=sampler,
-            epsilon=epsilon,
-            slack=slack,
+            rule=rule,
             directory=directory,
             # A layer's losses depend on what was frozen before it.
             settings={**(settings or {}), "frozen": _digest(searched)},
             seed=seed,
+            rows=target.last_rows,
         )
-        searched[name] = accepted(trials[name], epsilon, slack)[-1].knobs
+        searched[name] = accepted(trials[name], rule)[-1].knobs
         target.put(name, searched[name])
         if progress is not None:
             progress(name)
@@ -174,8 +188,10 @@ class DecoderTarget:
         bits, group_size: of a layer by its stem.
         text: what searches see.
         held_out: what they do not.
+        objective: what `losses` are.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         decoder: Decoder,
@@ -184,6 +200,7 @@ class DecoderTarget:
         group_size: Callable[[str], int],
         text: Sequence[MicroBatch],
         held_out: Sequence[MicroBatch],
+        objective: Objective = "loss",
     ) -> None:
         if not text or not held_out:
             raise DataError("the search needs text to search on, and other text to compare on at the end")
@@ -194,6 +211,15 @@ class DecoderTarget:
         self._dense = {stem: self._weight(stem).detach().clone() for stem in self.names}
         self._block = 0
         self._hidden = self._enter(text)
+        self._last: list[float] = []
+        self._reference: dict[int, _Prediction] = {}
+        if objective == "divergence":
+            tokens = sum(batch.tokens.numel() for batch in (*text, *held_out))
+            keep = tokens * decoder.config.vocab_size <= KEPT_PROBABILITIES
+            self._reference = {
+                id(batch): _Prediction(decoder, decoder(batch.tokens, _meta(batch)), keep)
+                for batch in (*text, *held_out)
+            }
 
     def begin(self, name: str) -> None:
         """Takes the kept hidden states to the block of this layer."""
@@ -215,11 +241,17 @@ class DecoderTarget:
 
     def losses(self) -> Losses:
         """See `SearchTarget.losses`."""
-        return self._losses(self._hidden, self._text, self._block)
+        rows = self._rows(self._hidden, self._text, self._block)
+        self._last = [row.nats / row.tokens for row in rows]
+        return _by_domain(rows)
+
+    def last_rows(self) -> Sequence[float]:
+        """See `SearchTarget.last_rows`."""
+        return self._last
 
     def held_out_losses(self) -> Losses:
         """See `SearchTarget.held_out_losses`."""
-        return self._losses(self._enter(self._held_out), self._held_out, 0)
+        return _by_domain(self._rows(self._enter(self._held_out), self._held_out, 0))
 
     def least_squares(self, name: str) -> Knobs:
         """See `SearchTarget.least_squares`."""
@@ -235,12 +267,17 @@ class DecoderTarget:
 
     def full_forward_losses(self) -> Losses:
         """The same losses by whole forward passes of the decoder; what `losses` must equal."""
-        return _by_domain(row for batch in self._text for row in self.score_rows(batch))
+        with torch.no_grad():
+            return _by_domain(
+                row
+                for batch in self._text
+                for row in self._score(self._decoder(batch.tokens, _meta(batch)), batch, self._reference.get(id(batch)))
+            )
 
     @torch.no_grad()
     def score_rows(self, batch: MicroBatch) -> list[ScoredRow]:
-        """Each row of any text, by a whole forward pass of the decoder as it is now."""
-        return self._score(self._decoder(batch.tokens, _meta(batch)), batch)
+        """The task loss of each row of any text, by a whole forward pass of the decoder as it is now."""
+        return self._score(self._decoder(batch.tokens, _meta(batch)), batch, None)
 
     def _weight(self, stem: str) -> Tensor:
         part = self._decoder.linears()[stem]
@@ -266,20 +303,42 @@ class DecoderTarget:
         return hidden
 
     @torch.no_grad()
-    def _losses(self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], start: int) -> Losses:
+    def _rows(self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], start: int) -> list[ScoredRow]:
         rows: list[ScoredRow] = []
         for one, batch in zip(hidden, batches, strict=True):
             made = self._run(one, batch, start, self._decoder.config.num_layers)
             assert self._decoder.norm is not None
-            rows += self._score(self._decoder.norm(made), batch)
-        return _by_domain(rows)
+            rows += self._score(self._decoder.norm(made), batch, self._reference.get(id(batch)))
+        return rows
 
-    def _score(self, hidden: Tensor, batch: MicroBatch) -> list[ScoredRow]:
-        logprobs = self._decoder.output(hidden).token_logprobs(batch.labels).double()
+    def _score(self, hidden: Tensor, batch: MicroBatch, reference: _Prediction | None) -> list[ScoredRow]:
         weights = batch.weights.double()
-        nats, counted = -(logprobs * weights).sum(1), weights.sum(1)
+        if reference is None:
+            each = -self._decoder.output(hidden).token_logprobs(batch.labels).double()
+        else:
+            each = reference.divergence(self._decoder.output(hidden).logits()).double()
+        nats, counted = (each * weights).sum(1), weights.sum(1)
         domains = batch.sources or (UNNAMED,) * len(nats)
         return [ScoredRow(*row) for row in zip(domains, nats.tolist(), counted.tolist(), strict=True)]
+
+
+class _Prediction:
+    """What full precision predicts of one batch; hidden states only where probabilities would fill the memory."""
+
+    def __init__(self, decoder: Decoder, hidden: Tensor, keep: bool) -> None:
+        self._decoder, self._hidden = decoder, hidden
+        self._kept = self._probabilities() if keep else None
+
+    def _probabilities(self) -> tuple[Tensor, Tensor]:
+        """Probabilities `[batch, seq, vocab]`, and their negative entropy `[batch, seq]`."""
+        logprobs = self._decoder.output(self._hidden).logits().log_softmax(-1)
+        probabilities = logprobs.exp()
+        return probabilities, (probabilities * logprobs).sum(-1)
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """`[batch, seq, vocab]` -> `[batch, seq]`: KL divergence from full precision, in nats."""
+        probabilities, negative_entropy = self._kept or self._probabilities()
+        return negative_entropy - torch.linalg.vecdot(probabilities, logits) + logits.logsumexp(-1)
 
 
 def _by_domain(rows: Iterable[ScoredRow]) -> Losses:

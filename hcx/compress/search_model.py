@@ -13,6 +13,7 @@ from hcx.artifacts.digest import digest_json
 from hcx.compress.plan import CompressPlan
 from hcx.compress.run import choose_modules
 from hcx.compress.search import DecoderTarget, SearchOutcome, search_layers
+from hcx.compress.search_study import Acceptance
 from hcx.data.batch import MicroBatch
 from hcx.errors import ConfigError, DataError
 from hcx.kernels import PackedWeight
@@ -72,13 +73,14 @@ def search_target(
         lambda stem: chosen[stem].group_size,
         seen,
         held_out,
+        plan.search.objective,
     )
     settings: dict[str, Any] = {
         "model": artifact_input("model", source).digest,
         "modules": {stem: [one.bits, one.group_size] for stem, one in chosen.items()},
         "text": digest_json([batch.tokens.tolist() for batch in text]),
         "held_out": plan.search.held_out,
-        "slack": plan.search.slack,
+        "objective": plan.search.objective,
     }
     return target, settings
 
@@ -129,11 +131,12 @@ def search_planned(
         target,
         rounds=plan.search.rounds,
         sampler=plan.search.sampler,
-        slack=plan.search.slack,
+        rule=Acceptance(slack=plan.search.slack, noise=plan.search.noise),
         directory=directory,
         settings={"digest": digest_json(settings)},
         seed=plan.search.seed,
         progress=progress,
+        start=plan.search.start,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +26,17 @@ JOURNAL = "search.journal"
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluation."""
+    """One evaluation.
+
+    Attributes:
+        knobs: of the layer.
+        losses: by domain.
+        rows: of each row of the text, in its order; empty where they are not known.
+    """
 
     knobs: Knobs
     losses: Losses
+    rows: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -41,20 +49,47 @@ def evaluations(grids: Mapping[str, Sequence[float]], rounds: int) -> int:
     return 1 + rounds * sum(len(grid) for grid in grids.values())
 
 
-def accepted(trials: Sequence[Trial], epsilon: float, slack: float) -> list[Trial]:
+@dataclass(frozen=True)
+class Acceptance:
+    """When a trial takes the incumbent's place.
+
+    Attributes:
+        epsilon: its loss must be lower by more than this; ties keep the incumbent.
+        slack: no domain's loss may rise by more than this.
+        noise: its loss must be lower by so many standard errors of the difference, paired by row, where rows are known.
+            The best of many settings on little text is else often the luckiest.
+    """
+
+    epsilon: float = 1e-12
+    slack: float = 0.02
+    noise: float = 0.0
+
+    def floor(self, trial: Trial, incumbent: Trial) -> float:
+        """By how much a trial must be better."""
+        count = len(trial.rows)
+        if not self.noise or count < 2 or len(incumbent.rows) != count:
+            return self.epsilon
+        changes = [mine - other for mine, other in zip(trial.rows, incumbent.rows, strict=True)]
+        return max(self.epsilon, self.noise * statistics.stdev(changes) / math.sqrt(count))
+
+
+STRICT = Acceptance()
+"""Exact arithmetic: whatever is lower is better."""
+
+
+def accepted(trials: Sequence[Trial], rule: Acceptance) -> list[Trial]:
     """The trials that became the incumbent, in order; the first is where the search began.
 
     Args:
         trials: in the order of evaluation.
-        epsilon: a loss must fall by more than this to win; ties keep the incumbent.
-        slack: no domain's loss may rise by more than this against the incumbent's.
+        rule: see `Acceptance`.
     """
     best = [trials[0]]
     for trial in trials[1:]:
         incumbent = best[-1]
-        if not math.isfinite(trial.loss) or trial.loss >= incumbent.loss - epsilon:
+        if not math.isfinite(trial.loss) or trial.loss >= incumbent.loss - rule.floor(trial, incumbent):
             continue
-        if any(loss > incumbent.losses[domain] + slack for domain, loss in trial.losses.items()):
+        if any(loss > incumbent.losses[domain] + rule.slack for domain, loss in trial.losses.items()):
             continue
         best.append(trial)
     return best
@@ -65,8 +100,7 @@ def next_knobs(
     grids: Mapping[str, Sequence[float]],
     rounds: int,
     start: Knobs,
-    epsilon: float,
-    slack: float,
+    rule: Acceptance,
 ) -> Knobs | None:
     """What coordinate descent evaluates after these trials; None when it is done.
 
@@ -79,7 +113,7 @@ def next_knobs(
     used = 1
     for name, grid in axes:
         if done < len(grid):
-            incumbent = accepted(trials[:used], epsilon, slack)[-1].knobs
+            incumbent = accepted(trials[:used], rule)[-1].knobs
             return replace(incumbent, **{name: grid[done]})
         done -= len(grid)
         used += len(grid)
@@ -93,11 +127,11 @@ def search_layer(
     grids: Mapping[str, Sequence[float]] = WEIGHT_GRIDS,
     rounds: int = 2,
     sampler: Sampler = "coordinate",
-    epsilon: float = 1e-12,
-    slack: float = 0.02,
+    rule: Acceptance = STRICT,
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    rows: Callable[[], Sequence[float]] | None = None,
 ) -> list[Trial]:
     """Searches the knobs of one layer; finished trials of an earlier, interrupted search are not evaluated again.
 
@@ -108,10 +142,11 @@ def search_layer(
         grids: axis -> values, in the order of the descent.
         rounds: over all axes.
         sampler: `coordinate` descent, or as many evaluations of optuna's `random` or `tpe` sampler.
-        epsilon, slack: see `accepted`.
+        rule: when a setting wins.
         directory: holds the journal; nothing is kept if not given.
         settings: what the losses depend on; a journal made with others is refused.
         seed: of the samplers.
+        rows: the loss of each row of text at the last call of `loss`.
 
     Returns:
         Every trial, in the order of evaluation.
@@ -142,7 +177,8 @@ def search_layer(
         storage=storage, study_name=name, sampler=samplers[sampler](), direction="minimize", load_if_exists=True
     )
     stated = json.dumps({**(settings or {}), "start": asdict(start), "grids": {k: list(v) for k, v in grids.items()},
-                         "rounds": rounds, "sampler": sampler, "seed": seed}, sort_keys=True)  # fmt: skip
+                         "rounds": rounds, "sampler": sampler, "seed": seed, "rule": asdict(rule)},
+                        sort_keys=True)  # fmt: skip
     if study.user_attrs.get("settings", stated) != stated:
         raise ConfigError(
             f"{directory}: holds a search of {name} with other settings, text or weights; "
@@ -156,13 +192,20 @@ def search_layer(
     }
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == optuna.trial.TrialState.COMPLETE]
     finished.sort(key=lambda trial: trial.number)
-    trials = [Trial(replace(start, **trial.params), trial.user_attrs["losses"]) for trial in finished]
+    trials = [
+        Trial(replace(start, **trial.params), trial.user_attrs["losses"], tuple(trial.user_attrs["rows"]))
+        for trial in finished
+    ]
+
+    def read(knobs: Knobs) -> Trial:
+        return Trial(knobs, dict(loss(knobs)), () if rows is None else tuple(rows()))
+
     budget = evaluations(grids, rounds)
     while len(trials) < budget:
         if sampler == "coordinate" or not trials:
-            knobs = next_knobs(trials, grids, rounds, start, epsilon, slack)
+            knobs = next_knobs(trials, grids, rounds, start, rule)
             assert knobs is not None
-            found = Trial(knobs, dict(loss(knobs)))
+            found = read(knobs)
             # Added when it is finished: a kill in between leaves nothing half done.
             values = {axis: getattr(knobs, axis) for axis in grids}
             study.add_trial(
@@ -170,14 +213,15 @@ def search_layer(
                     params=values,
                     distributions=distributions,
                     value=_told(found.loss),
-                    user_attrs={"losses": dict(found.losses)},
+                    user_attrs={"losses": dict(found.losses), "rows": list(found.rows)},
                 )
             )
         else:
             asked = study.ask(distributions)
             knobs = replace(start, **asked.params)
-            found = Trial(knobs, dict(loss(knobs)))
+            found = read(knobs)
             asked.set_user_attr("losses", dict(found.losses))
+            asked.set_user_attr("rows", list(found.rows))
             study.tell(asked, _told(found.loss))
         trials.append(found)
     return trials

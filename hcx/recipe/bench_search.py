@@ -48,7 +48,7 @@ class SearchRow:
         loss_full: of the full-precision model.
         tokens: held-out tokens scored.
         search_tokens: of calibration text, those kept for the choice included.
-        rounds, sampler: of the search.
+        objective, start, noise, rounds, sampler: of the search.
         evaluations: of the task loss in the search, over all layers.
         seconds: the search took.
         device: the processor.
@@ -71,6 +71,9 @@ class SearchRow:
     loss_full: float
     tokens: int
     search_tokens: int
+    objective: str
+    start: str
+    noise: float
     rounds: int
     sampler: str
     evaluations: int
@@ -156,6 +159,9 @@ def measure(
                 "group_size": group_size,
                 "seed": seed,
                 "search_tokens": sum(batch.tokens.numel() for batch in batches),
+                "objective": search.objective,
+                "start": search.start,
+                "noise": search.noise,
                 "rounds": search.rounds,
                 "sampler": search.sampler,
                 "evaluations": outcome.evaluations,
