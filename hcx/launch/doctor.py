@@ -273,11 +273,11 @@ def _kernels() -> Iterator[Check]:
 
     path = native.library_path()
     if path is None:
-        yield Check(
-            "kernels", "native library", "absent", "none; the reference does all work", native.why_absent() or ""
-        )
+        value = "none; the reference does all work, compression and decoded tokens in torch"
+        yield Check("kernels", "native library", "absent", value, native.why_absent() or "")
     else:
-        yield Check("kernels", "native library", "ok", native.isa_name(), path)
+        value = f"{native.isa_name()}; products, codes of weights, decoded tokens"
+        yield Check("kernels", "native library", "ok", value, path)
     usual = {"out_features": 4096, "in_features": 4096, "bits": 3, "group_size": 128, "has_offset": True}
     for backend in (*backends(), *backends_by_name()):
         why = backend.why_not(Spec("cpu" if backend.device == "any" else backend.device, **usual))  # type: ignore[arg-type]
