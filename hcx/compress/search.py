@@ -12,40 +12,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from hcx.compress.rounding import PLAIN, Knobs, RoundedWeight, mse_knobs, round_weight
-from hcx.compress.search_study import STRICT, WEIGHT_GRIDS, Acceptance, Losses, Sampler, Trial, accepted, search_layer
+from hcx.compress.search_study import STRICT, WEIGHT_GRIDS, Acceptance, Sampler, Trial, accepted, search_layer
+from hcx.compress.text_reader import Losses, Objective, ScoredRow, TextReader, by_domain
 from hcx.data.batch import MicroBatch
 from hcx.errors import DataError
 from hcx.kernels import PackedWeight
-from hcx.model.decoder import Decoder, Sublayer
-from hcx.model.meta import ForwardMeta
+from hcx.model.decoder import Decoder
 from hcx.model.parts.sources import DenseSource
-from hcx.model.rope import rotary_tables
 
-Objective = Literal["divergence", "loss"]
-"""`loss`: the next token's, in nats. `divergence`: from what the full-precision model predicts: what the loss rises by
-if the text is like the model's own, without the chance of the text that is in both models' losses."""
 Start = Literal["least_squares", "rounding"]
-KEPT_PROBABILITIES = 1 << 28
-"""Of the full-precision model, kept between evaluations: 1 GiB. Those of more text are computed again each time."""
-UNNAMED = "all"
-"""The domain of rows that state none."""
-
-
-class ScoredRow(NamedTuple):
-    """The loss of one row of text: the sum over its counted tokens, in nats."""
-
-    domain: str
-    nats: float
-    tokens: float
 
 
 class SearchTarget(Protocol):
@@ -191,7 +175,6 @@ class DecoderTarget:
         objective: what `losses` are.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         decoder: Decoder,
@@ -205,33 +188,15 @@ class DecoderTarget:
         if not text or not held_out:
             raise DataError("the search needs text to search on, and other text to compare on at the end")
         self._decoder, self._bits, self._group_size = decoder, bits, group_size
-        self._text, self._held_out = text, held_out
         order = {stem: place for place, stem in enumerate(decoder.linears())}
         self.names: Sequence[str] = sorted(stems, key=lambda stem: (int(stem.split(".")[2]), order[stem]))
         self._dense = {stem: self._weight(stem).detach().clone() for stem in self.names}
-        self._block = 0
-        self._hidden = self._enter(text)
+        self._seen, self._unseen = (TextReader(decoder, part, objective) for part in (text, held_out))
         self._last: list[float] = []
-        self._reference: dict[int, _Prediction] = {}
-        if objective == "divergence":
-            tokens = sum(batch.tokens.numel() for batch in (*text, *held_out))
-            keep = tokens * decoder.config.vocab_size <= KEPT_PROBABILITIES
-            self._reference = {
-                id(batch): _Prediction(decoder, decoder(batch.tokens, _meta(batch)), keep)
-                for batch in (*text, *held_out)
-            }
 
     def begin(self, name: str) -> None:
         """Takes the kept hidden states to the block of this layer."""
-        block = int(name.split(".")[2])
-        if block < self._block:
-            self._block, self._hidden = 0, self._enter(self._text)
-        with torch.no_grad():
-            self._hidden = [
-                self._run(hidden, batch, self._block, block)
-                for hidden, batch in zip(self._hidden, self._text, strict=True)
-            ]
-        self._block = block
+        self._seen.keep(int(name.split(".")[2]))
 
     @torch.no_grad()
     def put(self, name: str, knobs: Knobs | None) -> None:
@@ -241,9 +206,9 @@ class DecoderTarget:
 
     def losses(self) -> Losses:
         """See `SearchTarget.losses`."""
-        rows = self._rows(self._hidden, self._text, self._block)
+        rows = self._seen.rows()
         self._last = [row.nats / row.tokens for row in rows]
-        return _by_domain(rows)
+        return by_domain(rows)
 
     def last_rows(self) -> Sequence[float]:
         """See `SearchTarget.last_rows`."""
@@ -251,7 +216,8 @@ class DecoderTarget:
 
     def held_out_losses(self) -> Losses:
         """See `SearchTarget.held_out_losses`."""
-        return _by_domain(self._rows(self._enter(self._held_out), self._held_out, 0))
+        self._unseen.keep(0)
+        return by_domain(self._unseen.rows())
 
     def least_squares(self, name: str) -> Knobs:
         """See `SearchTarget.least_squares`."""
@@ -267,88 +233,14 @@ class DecoderTarget:
 
     def full_forward_losses(self) -> Losses:
         """The same losses by whole forward passes of the decoder; what `losses` must equal."""
-        with torch.no_grad():
-            return _by_domain(
-                row
-                for batch in self._text
-                for row in self._score(self._decoder(batch.tokens, _meta(batch)), batch, self._reference.get(id(batch)))
-            )
+        return by_domain(self._seen.whole_rows())
 
-    @torch.no_grad()
-    def score_rows(self, batch: MicroBatch) -> list[ScoredRow]:
-        """The task loss of each row of any text, by a whole forward pass of the decoder as it is now."""
-        return self._score(self._decoder(batch.tokens, _meta(batch)), batch, None)
+    def score_rows(self, text: Sequence[MicroBatch]) -> list[ScoredRow]:
+        """The task loss of each row of any text with the decoder as it is now."""
+        return TextReader(self._decoder, text).rows()
 
     def _weight(self, stem: str) -> Tensor:
         part = self._decoder.linears()[stem]
         block = next(one for one in part.blocks if one.stem == stem)
         assert isinstance(part.source, DenseSource)
         return part.source.weight[block.rows[0] : block.rows[1]]
-
-    @torch.no_grad()
-    def _enter(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        assert self._decoder.embedding is not None
-        weight, multiplier = self._decoder.embedding.weight, self._decoder.config.embedding_multiplier
-        hidden = [self._decoder.parts.embed(batch.tokens, weight) for batch in batches]
-        return [one * multiplier for one in hidden] if multiplier != 1.0 else hidden
-
-    def _run(self, hidden: Tensor, batch: MicroBatch, start: int, stop: int) -> Tensor:
-        """Through the blocks from `start` to before `stop`, with the decoder's own operations in their order."""
-        config = self._decoder.config
-        rotary = rotary_tables(config, batch.positions, batch.tokens.shape[1], hidden)
-        for index in range(2 * start, 2 * stop):
-            sublayer: Sublayer = self._decoder.sublayers[index]  # type: ignore[assignment]
-            branch = sublayer(hidden, _meta(batch), rotary)
-            hidden = hidden + (branch * config.residual_multiplier if config.residual_multiplier != 1.0 else branch)
-        return hidden
-
-    @torch.no_grad()
-    def _rows(self, hidden: Sequence[Tensor], batches: Sequence[MicroBatch], start: int) -> list[ScoredRow]:
-        rows: list[ScoredRow] = []
-        for one, batch in zip(hidden, batches, strict=True):
-            made = self._run(one, batch, start, self._decoder.config.num_layers)
-            assert self._decoder.norm is not None
-            rows += self._score(self._decoder.norm(made), batch, self._reference.get(id(batch)))
-        return rows
-
-    def _score(self, hidden: Tensor, batch: MicroBatch, reference: _Prediction | None) -> list[ScoredRow]:
-        weights = batch.weights.double()
-        if reference is None:
-            each = -self._decoder.output(hidden).token_logprobs(batch.labels).double()
-        else:
-            each = reference.divergence(self._decoder.output(hidden).logits()).double()
-        nats, counted = (each * weights).sum(1), weights.sum(1)
-        domains = batch.sources or (UNNAMED,) * len(nats)
-        return [ScoredRow(*row) for row in zip(domains, nats.tolist(), counted.tolist(), strict=True)]
-
-
-class _Prediction:
-    """What full precision predicts of one batch; hidden states only where probabilities would fill the memory."""
-
-    def __init__(self, decoder: Decoder, hidden: Tensor, keep: bool) -> None:
-        self._decoder, self._hidden = decoder, hidden
-        self._kept = self._probabilities() if keep else None
-
-    def _probabilities(self) -> tuple[Tensor, Tensor]:
-        """Probabilities `[batch, seq, vocab]`, and their negative entropy `[batch, seq]`."""
-        logprobs = self._decoder.output(self._hidden).logits().log_softmax(-1)
-        probabilities = logprobs.exp()
-        return probabilities, (probabilities * logprobs).sum(-1)
-
-    def divergence(self, logits: Tensor) -> Tensor:
-        """`[batch, seq, vocab]` -> `[batch, seq]`: KL divergence from full precision, in nats."""
-        probabilities, negative_entropy = self._kept or self._probabilities()
-        return negative_entropy - torch.linalg.vecdot(probabilities, logits) + logits.logsumexp(-1)
-
-
-def _by_domain(rows: Iterable[ScoredRow]) -> Losses:
-    sums: dict[str, list[float]] = {}
-    for row in rows:
-        total = sums.setdefault(row.domain, [0.0, 0.0])
-        total[0] += row.nats
-        total[1] += row.tokens
-    return {domain: nats / tokens for domain, (nats, tokens) in sorted(sums.items())}
-
-
-def _meta(batch: MicroBatch) -> ForwardMeta:
-    return ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hcx.compress.rounding import KAPPAS, PLAIN, SHIFTS, TILTS, Knobs
+from hcx.compress.text_reader import Losses
 from hcx.errors import ConfigError, MissingExtra
 
-Losses = Mapping[str, float]
-"""Domain (language) -> mean task loss in nats."""
 Sampler = Literal["coordinate", "random", "tpe"]
 WEIGHT_GRIDS: dict[str, tuple[float, ...]] = {"kappa": KAPPAS, "g0": SHIFTS, "g1": TILTS}
 ACTIVATION_GRIDS: dict[str, tuple[float, ...]] = {"kappa_a": KAPPAS, "g_a": SHIFTS}

@@ -51,6 +51,7 @@ def measure_sensitivity(
     quantize: Quantize,
     loss: Loss,
     progress: Callable[[str], None] | None = None,
+    begin: Callable[[Sequence[str]], None] | None = None,
 ) -> tuple[dict[str, float], dict[str, dict[int, dict[str, float]]]]:
     """Loss of the whole model, and its rise for each group, bit width and language.
 
@@ -61,6 +62,7 @@ def measure_sensitivity(
         quantize: the quantizer in question.
         loss: reads the loss on held-out text.
         progress: called after each reading with what was read.
+        begin: called before the readings of each group with its modules, while all weights are full precision.
 
     Raises:
         ConfigError: a group names a module that the model lacks.
@@ -77,6 +79,8 @@ def measure_sensitivity(
     rises: dict[str, dict[int, dict[str, float]]] = {}
     for name, stems in groups.items():
         rises[name] = {}
+        if begin is not None:
+            begin(stems)
         for width in bits:
             with _quantized(weights, stems, quantize, width):
                 found = loss(decoder)

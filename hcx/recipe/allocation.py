@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from hcx.compress import CompressPlan, ModulePlan, PlanRule
 from hcx.compress.allocate import Allocation, Choice, allocate
 from hcx.compress.bcq import SCALE_DTYPES
 from hcx.compress.sensitivity import groups_of, measure_sensitivity
+from hcx.compress.text_reader import Losses, TextReader, by_domain
 from hcx.data import ShardSet, validation_batches
 from hcx.errors import ConfigError
 from hcx.model.decoder import Decoder
 from hcx.model.load import load_model
-from hcx.model.meta import ForwardMeta
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,20 @@ def read_sensitivities(
     def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
         return default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
 
-    def loss(model: Decoder) -> dict[str, float]:
-        return held_out_loss(model, shards, chosen, seq_len, max_documents, first_document)
+    text = [
+        batch
+        for language in chosen
+        for batch in validation_batches(shards, language, seq_len, 4, max_documents, first_document)
+    ]
+    reader = TextReader(decoder, text)
 
-    whole, rises = measure_sensitivity(decoder, groups, widths, quantized, loss, progress)
+    def begin(stems: Sequence[str]) -> None:
+        reader.keep(min(int(stem.split(".")[2]) for stem in stems))
+
+    def loss(model: Decoder) -> Losses:
+        return by_domain(reader.rows())
+
+    whole, rises = measure_sensitivity(decoder, groups, widths, quantized, loss, progress, begin)
     return Sensitivities({stem: shapes[stem] for stem in stems}, groups, whole, rises)
 
 
@@ -218,25 +227,3 @@ def _shares(shards: ShardSet, shares: Mapping[str, float] | None) -> dict[str, f
     if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise ConfigError(f"shares = {weights}; must not be negative, and one must be positive")
     return weights
-
-
-@torch.no_grad()
-def held_out_loss(
-    decoder: Decoder,
-    shards: ShardSet,
-    languages: Sequence[str],
-    seq_len: int,
-    max_documents: int,
-    first_document: int = 0,
-) -> dict[str, float]:
-    """Nats per token of held-out documents, by language."""
-    found: dict[str, float] = {}
-    for language in languages:
-        sums: dict[str, float] = defaultdict(float)
-        for batch in validation_batches(shards, language, seq_len, 4, max_documents, first_document):
-            meta = ForwardMeta(positions=batch.positions, document_ids=batch.document_ids)
-            logprobs = decoder.output(decoder(batch.tokens, meta)).token_logprobs(batch.labels)
-            sums["nats"] -= float((logprobs * batch.weights).sum(dtype=torch.float64))
-            sums["tokens"] += float(batch.weights.sum())
-        found[language] = sums["nats"] / sums["tokens"]
-    return found

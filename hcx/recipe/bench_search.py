@@ -17,9 +17,10 @@ from hcx.artifacts import digest_file
 from hcx.compress import Calibration, CompressPlan, ModulePlan
 from hcx.compress.calibration_text import calibration_batches
 from hcx.compress.plan import SearchPlan
-from hcx.compress.search import DecoderTarget, ScoredRow, put_all
+from hcx.compress.search import put_all
 from hcx.compress.search_model import search_planned, search_target
-from hcx.data import MicroBatch, ShardSet, validation_batches
+from hcx.compress.text_reader import ScoredRow
+from hcx.data import ShardSet, validation_batches
 from hcx.errors import DataError
 from hcx.model.load import load_model
 from hcx.obs import get_logger
@@ -136,14 +137,14 @@ def measure(
                 search=search.model_copy(update={"seed": seed}),
             )
             target, settings = search_target(model, plan, batches)
-            full = _scored(target, text)
+            full = target.score_rows(text)
             begun, place = time.perf_counter(), None if keep is None else keep / f"{bits}-bits-seed-{seed}"
             outcome = search_planned(target, plan, place, settings)
             seconds = time.perf_counter() - begun
             scored: dict[str, list[ScoredRow]] = {}
             for name, knobs in outcome.candidates.items():
                 put_all(target, knobs)
-                scored[name] = _scored(target, text)
+                scored[name] = target.score_rows(text)
             log.info(
                 "%d bits, seed %d: %d evaluations in %.0f s; kept: %s",
                 bits,
@@ -170,10 +171,6 @@ def measure(
             }
             for name, rows in scored.items():
                 yield from _rows(name, rows, scored[SURROGATE], full, name == outcome.chosen, shared)
-
-
-def _scored(target: DecoderTarget, text: Sequence[MicroBatch]) -> list[ScoredRow]:
-    return [row for batch in text for row in target.score_rows(batch)]
 
 
 def _rows(

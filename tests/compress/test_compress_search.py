@@ -27,7 +27,8 @@ from hcx.compress.rounding import (
     threshold_round,
 )
 from hcx.compress.search import DecoderTarget, search_layers
-from hcx.compress.search_study import WEIGHT_GRIDS, Acceptance, Losses, Trial, accepted, evaluations, search_layer
+from hcx.compress.search_study import WEIGHT_GRIDS, Acceptance, Trial, accepted, evaluations, search_layer
+from hcx.compress.text_reader import Losses
 from hcx.errors import ConfigError, DataError
 from hcx.kernels import Spec, select
 from hcx.model.load import load_model
@@ -173,7 +174,7 @@ def test_the_divergence_of_a_target_is_that_from_the_full_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     if not kept:
-        monkeypatch.setattr("hcx.compress.search.KEPT_PROBABILITIES", 0)
+        monkeypatch.setattr("hcx.compress.text_reader.KEPT_PROBABILITIES", 0)
     directory = tiny_model_directory(tmp_path / "model", with_tokenizer=False, initializer_range=0.2)
     full, decoder = load_model(directory).decoder, load_model(directory).decoder
     batches = [packed_rows(2, 16, 384, seed=seed) for seed in (0, 1, 5)]
@@ -189,7 +190,7 @@ def test_the_divergence_of_a_target_is_that_from_the_full_model(
             assert loss == pytest.approx(expected[language].kl, rel=1e-4)
     assert target.losses() == target.full_forward_losses()
     assert len(target.last_rows()) == 4
-    rows = [row for batch in text for row in target.score_rows(batch)]
+    rows = target.score_rows(text)
     assert min(row.nats / row.tokens for row in rows) > max(target.last_rows())  # the task loss, not the divergence
 
 

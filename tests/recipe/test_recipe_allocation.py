@@ -9,8 +9,9 @@ import pytest
 
 from hcx.cli.main import main
 from hcx.compress import CompressPlan, ModulePlan, compress_model
+from hcx.compress.text_reader import TextReader
 from hcx.errors import ConfigError
-from hcx.recipe.allocation import allocate_bits
+from hcx.recipe.allocation import allocate_bits, read_sensitivities
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
 
@@ -50,6 +51,18 @@ def test_the_command_chooses_and_compresses(made: Path, tmp_path: Path, capsys: 
     assert answer["bits_per_weight"] <= 3.5 * 1.5 + 1e-9
     bits = {name: module["bits"] for name, module in answer["modules"].items()}
     assert bits["model.layers.0.mlp.up_proj"] == bits["model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("by", ["layer", "type"])
+def test_hidden_states_kept_before_a_group_change_no_reading(
+    made: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    default = ModulePlan(group_size=32, method="greedy")
+    arguments = (made / "full", made / "shards", default, (1, 3), by)
+    kept = read_sensitivities(*arguments, max_documents=2, seq_len=64)
+    keep = TextReader.keep
+    monkeypatch.setattr(TextReader, "keep", lambda reader, block: keep(reader, 0))
+    assert read_sensitivities(*arguments, max_documents=2, seq_len=64) == kept
 
 
 def test_bad_requests_say_what_is_allowed(made: Path) -> None:
