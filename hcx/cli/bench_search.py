@@ -58,7 +58,7 @@ def search(
         widths,
         drawn,
         group_size,
-        decode(Calibration, {"tokens": tokens, "seq_len": 256, "per_document": 1}, "the command line"),
+        decode(Calibration, {"tokens": tokens, "seq_len": 256}, "the command line"),
         decode(SearchPlan, search_settings, "the command line"),
         max_documents=max_documents,
         keep=keep,

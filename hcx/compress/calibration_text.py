@@ -63,11 +63,7 @@ def calibration_batches(
     rows: list[tuple[str, Row]] = []
     for language, share in shares.items():
         wanted = -(-round(settings.tokens * share) // seq_len)
-        text = documents[language]
-        if settings.per_document is not None:
-            generator = np.random.default_rng(derived_seed(settings.seed, "calibration places", language))
-            text = _windows(text, settings.per_document * seq_len, eos, generator)
-        found = list(_rows(text, seq_len, eos, wanted))
+        found = list(_rows(documents[language], seq_len, eos, wanted))
         if len(found) < wanted:
             raise DataError(
                 f"calibration: {language} has text for {len(found) * seq_len:,} tokens, its share needs "
@@ -110,20 +106,6 @@ def _file_documents(paths: tuple[str, ...], tokenizer: Tokenizer, folder: Path) 
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"calibration.texts: {path}: cannot be read as UTF-8 text ({error})") from None
         yield np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int64)
-
-
-def _windows(
-    documents: Iterator[NDArray[np.int64]], length: int, eos: int, generator: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
-    """At most so many tokens of each document, from a place drawn in it; each ends with an end-of-text."""
-    for document in documents:
-        if len(document) <= length:
-            yield document
-            continue
-        start = int(generator.integers(len(document) - length + 1))
-        window = document[start : start + length].copy()
-        window[-1] = eos
-        yield window
 
 
 def _rows(documents: Iterator[NDArray[np.int64]], seq_len: int, eos: int, wanted: int) -> Iterator[Row]:

@@ -228,11 +228,8 @@ class Calibration(Config):
     """Language -> UTF-8 files to read instead of shards."""
     scaling: bool = False
     """Search scales per input channel first and fold them into what comes before (AWQ)."""
-    per_document: Annotated[int, _within(1)] | None = None
-    """Rows' worth of tokens that one document gives at most, from a place drawn in it; whole documents if not given.
-    Little text says more if it is of many documents."""
     seed: int = 0
-    """Orders the documents of shards, and draws places in them."""
+    """Orders the documents of shards."""
 
     @field_validator("shares")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -194,42 +193,6 @@ def test_calibration_text_keeps_to_its_shares_and_to_training_documents(shards: 
     again = calibration_batches(settings, 256, None, shards)
     assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(batches, again, strict=True))
     assert calibration_batches(settings, 16, None, shards)[0].tokens.shape[1] == 16
-
-
-def test_little_text_can_be_of_many_documents(shards: ShardSet) -> None:
-    documents = {
-        language: [
-            shards.shard(language, "train").document(number).tolist()
-            for number in range(shards.shard(language, "train").num_documents)
-        ]
-        for language in shards.languages
-    }
-
-    def sources(per_document: int | None) -> dict[str, set[int]]:
-        """Which documents the pieces between ends of text are of."""
-        found: dict[str, set[int]] = {language: set() for language in documents}
-        settings = Calibration(tokens=240, seq_len=16, per_document=per_document)
-        for batch in calibration_batches(settings, 256, None, shards):
-            for row, language in zip(batch.tokens.tolist(), batch.sources, strict=True):
-                ends = [place for place, token in enumerate(row) if token == shards.eos_id]
-                bounds = [-1, *ends, len(row)]
-                longest = max((row[i + 1 : j] for i, j in itertools.pairwise(bounds)), key=len)
-                for number, document in enumerate(documents[language]):
-                    places = range(len(document) - len(longest) + 1)
-                    if any(document[place : place + len(longest)] == longest for place in places):
-                        found[language].add(number)
-                        break
-                else:
-                    raise AssertionError(f"{longest} is of no document")
-        return found
-
-    whole, spread = sources(None), sources(1)
-    assert sum(map(len, spread.values())) > sum(map(len, whole.values()))
-    settings = Calibration(tokens=240, seq_len=16, per_document=1)
-    first, again = (calibration_batches(settings, 256, None, shards) for _ in range(2))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
-    # A place that was cut out of a document ends like a document.
-    assert all(int(batch.positions.max()) <= 16 for batch in first)
 
 
 def test_bad_calibration_text_is_told_with_its_numbers(shards: ShardSet, tmp_path: Path) -> None:
