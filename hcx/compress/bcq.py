@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hcx.compress.codes import Codes, join_groups, least_squares, nearest, pack, split_groups, weighted_mean
 from hcx.errors import ConfigError, did_you_mean
-from hcx.kernels import PackedWeight, native
+from hcx.kernels import PackedWeight, coding, native
 from hcx.kernels.format import MAX_BITS
 
 Method = Literal["greedy", "refined", "alternating"]
@@ -162,7 +162,7 @@ def quantize_groups(
     The native library alternates where there is one (some ten times as fast); see `quantize_groups_reference`.
     """
     if method == "alternating" and groups.device.type == "cpu" and coder() == "native":
-        return Codes(*native.alternate(groups, importance, bits, rounds, offset, scale_dtype))
+        return Codes(*coding.alternate(groups, importance, bits, rounds, offset, scale_dtype))
     return quantize_groups_reference(groups, bits, method, rounds, offset, scale_dtype, importance)
 
 

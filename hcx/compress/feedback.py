@@ -27,7 +27,7 @@ from hcx.compress.bcq import check_arguments, checked_importance, coder
 from hcx.compress.codes import RIDGE, Codes, levels, pack, signs
 from hcx.compress.methods import GridOptions, MethodEntry
 from hcx.errors import ConfigError
-from hcx.kernels import PackedWeight, native
+from hcx.kernels import PackedWeight, coding
 
 DAMPING = 0.01
 """Added to the diagonal of `H`, relative to its mean (GPTQ, section 3.3): rare directions are estimated badly."""
@@ -68,9 +68,9 @@ class GridState:
         return self.weight.device.type == "cpu" and coder() == "native"
 
     @property
-    def grids(self) -> native.Grids:
+    def grids(self) -> coding.Grids:
         """The same tensors, for the native library."""
-        return native.Grids(self.scales, self.offsets, self.patterns, self.group_size)
+        return coding.Grids(self.scales, self.offsets, self.patterns, self.group_size)
 
     def columns(self, group: int) -> slice:
         """The columns of a group."""
@@ -223,14 +223,14 @@ def _feed_back(state: GridState, order: Tensor, choose: tuple[MethodEntry, GridO
         for start in range(group_start, group_stop, step):
             stop = min(start + step, group_stop)
             if state.uses_native:
-                errors = native.feed_back(state.grids, order, upper, current, start, stop)
+                errors = coding.feed_back(state.grids, order, upper, current, start, stop)
             else:
                 errors = _feed_back_block(state, order, upper, current, start, stop)
             current[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
 
 
 def _feed_back_block(state: GridState, order: Tensor, upper: Tensor, current: Tensor, start: int, stop: int) -> Tensor:
-    """`native.feed_back` in torch, on any device."""
+    """`coding.feed_back` in torch, on any device."""
     errors, size = torch.empty_like(current[:, start:stop]), state.group_size
     for column in range(start, stop):
         where = int(order[column])
@@ -315,7 +315,7 @@ def _choose_codes(state: GridState, start: int, stop: int, frozen: int) -> bool:
     """Coordinate descent over the codes of some columns."""
     pull = state.pull[:, start:stop].clone(memory_format=torch.contiguous_format)
     if state.uses_native:
-        deltas = native.choose_codes(state.grids, state.gram, pull, start, stop, frozen)
+        deltas = coding.choose_codes(state.grids, state.gram, pull, start, stop, frozen)
     else:
         deltas = _choose_codes_block(state, pull, start, stop, frozen)
     if not bool(deltas.any()):
@@ -325,7 +325,7 @@ def _choose_codes(state: GridState, start: int, stop: int, frozen: int) -> bool:
 
 
 def _choose_codes_block(state: GridState, pull: Tensor, start: int, stop: int, frozen: int) -> Tensor:
-    """`native.choose_codes` in torch, on any device."""
+    """`coding.choose_codes` in torch, on any device."""
     size, gram = state.group_size, state.gram
     deltas = torch.zeros_like(pull)
     free = torch.arange(1 << (state.bits - frozen), device=pull.device) << frozen

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "levels.h"
 #include "memory.h"
 #include "numbers.h"
 #include "pool.h"
@@ -116,21 +117,10 @@ struct Group {
         sum_before[size] = sum;
     }
 
-    // The weight of a pattern, summed in the order in which a reader sums.
-    void levels_of(const Grid& grid, float* levels) const {
-        for (int pattern = 0; pattern < coder.levels(); ++pattern) {
-            float level = (pattern & 1) != 0 ? grid.scales[0] : -grid.scales[0];
-            for (int plane = 1; plane < coder.bits; ++plane) {
-                level += (pattern >> plane & 1) != 0 ? grid.scales[plane] : -grid.scales[plane];
-            }
-            levels[pattern] = level + grid.offset;
-        }
-    }
-
     // The nearest codes. `order` begins as that of the last call, from which little moves.
     void part(const Grid& grid, Partition& partition) const {
         float levels[kMaxLevels];
-        levels_of(grid, levels);
+        levels_of(grid.scales, coder.bits, grid.offset, levels);
         const int count = coder.levels();
         uint8_t* order = partition.order;
         for (int i = 1; i < count; ++i) {
@@ -199,7 +189,7 @@ struct Group {
 
     double error_of(const Grid& grid, const Totals& totals) const {
         float levels[kMaxLevels];
-        levels_of(grid, levels);
+        levels_of(grid.scales, coder.bits, grid.offset, levels);
         double error = squares;
         for (int pattern = 0; pattern < coder.levels(); ++pattern) {
             const double level = levels[pattern];
@@ -220,7 +210,7 @@ struct Group {
         totals_of(partition, totals);
         if (coder.has_offset) {
             float levels[kMaxLevels];
-            levels_of(grid, levels);
+            levels_of(grid.scales, coder.bits, grid.offset, levels);
             double rest = sum_of(0, coder.size);
             for (int pattern = 0; pattern < coder.levels(); ++pattern) rest -= levels[pattern] * totals.count[pattern];
             grid.offset += static_cast<float>(rest / count_of(0, coder.size));

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "levels.h"
 #include "pool.h"
 
 namespace hcx {
@@ -20,14 +21,8 @@ struct Grids {
     int64_t groups, group;
     int bits;
 
-    // The weight of every pattern, summed in the order in which a reader sums.
-    void levels_of(int64_t row, int64_t index, float* levels) const {
-        const float* scale = scales + (row * groups + index) * bits;
-        for (int pattern = 0; pattern < 1 << bits; ++pattern) {
-            float level = (pattern & 1) != 0 ? scale[0] : -scale[0];
-            for (int plane = 1; plane < bits; ++plane) level += (pattern >> plane & 1) != 0 ? scale[plane] : -scale[plane];
-            levels[pattern] = level + offsets[row * groups + index];
-        }
+    void levels_of_group(int64_t row, int64_t index, float* levels) const {
+        levels_of(scales + (row * groups + index) * bits, bits, offsets[row * groups + index], levels);
     }
 };
 
@@ -61,7 +56,7 @@ struct FeedBack {
             int64_t known = -1;
             for (int64_t column = start; column < stop; ++column) {
                 const int64_t where = order[column], index = where / grids.group;
-                if (index != known) grids.levels_of(row, known = index, levels);
+                if (index != known) grids.levels_of_group(row, known = index, levels);
                 const int chosen = nearest_of(levels, 0, 1 << grids.bits, 1, now[column]);
                 const float* shares = upper + column * columns;
                 const float error = (now[column] - levels[chosen]) / shares[column];
@@ -90,7 +85,7 @@ struct Descend {
             int64_t known = -1;
             for (int64_t place = 0; place < width; ++place) {
                 const int64_t column = start + place, index = column / grids.group;
-                if (index != known) grids.levels_of(row, known = index, levels);
+                if (index != known) grids.levels_of_group(row, known = index, levels);
                 const float* shares = gram + column * columns;
                 uint8_t& pattern = patterns[row * columns + column];
                 const float value = levels[pattern], goal = value + pulled[place] / shares[column];

@@ -18,7 +18,7 @@ from hcx.compress.plan import CompressPlan
 from hcx.compress.run import compress_model
 from hcx.compress.work import WorkDirectory
 from hcx.errors import CheckpointError, KernelError
-from hcx.kernels import native
+from hcx.kernels import coding, native
 from hcx.testing.tiny import tiny_model_directory
 
 pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
@@ -68,9 +68,9 @@ def test_codes_have_the_error_of_the_reference_in_every_group(
 
 def test_codes_do_not_depend_on_threads_or_on_the_other_groups() -> None:
     groups = _groups(200, 64)
-    whole = native.alternate(groups, None, 3, 15, True, torch.float16, threads=1)
-    shared = native.alternate(groups, None, 3, 15, True, torch.float16, threads=3)
-    parts = [native.alternate(part, None, 3, 15, True, torch.float16) for part in groups.split(70)]
+    whole = coding.alternate(groups, None, 3, 15, True, torch.float16, threads=1)
+    shared = coding.alternate(groups, None, 3, 15, True, torch.float16, threads=3)
+    parts = [coding.alternate(part, None, 3, 15, True, torch.float16) for part in groups.split(70)]
     for place, tensor in enumerate(whole):
         assert torch.equal(tensor, shared[place])
         assert torch.equal(tensor, torch.cat([part[place] for part in parts]))
@@ -120,7 +120,7 @@ def test_methods_without_alternation_and_other_devices_stay_in_torch(monkeypatch
     def never(*arguments: object) -> None:
         raise AssertionError("native")
 
-    monkeypatch.setattr(native, "alternate", never)
+    monkeypatch.setattr(coding, "alternate", never)
     groups = _groups(8, 32)
     for method in ("greedy", "refined"):
         quantize_groups(groups, 2, method, 0, False, torch.float16)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_methods_without_alternation_and_other_devices_stay_in_torch(monkeypatch
 def test_the_reference_serves_where_there_is_no_library(in_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = _groups(20, 32)
     expected = quantize_groups_reference(groups, 3, "alternating", 15, False, torch.float16)
-    monkeypatch.setattr(native, "alternate", None)
+    monkeypatch.setattr(coding, "alternate", None)
     found = quantize_groups(groups, 3, "alternating", 15, False, torch.float16)
     for name in ("patterns", "scales", "offsets"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
@@ -167,18 +167,18 @@ def test_unfinished_work_of_the_other_coder_is_not_gone_on_with(
 def test_settings_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
     settings = {"importance": None, "bits": 2, "rounds": 15, "offset": False, "scale_dtype": torch.float16, **change}
     with pytest.raises(KernelError, match=message):
-        native.alternate(torch.zeros(2, 8), **settings)  # type: ignore[arg-type]
+        coding.alternate(torch.zeros(2, 8), **settings)  # type: ignore[arg-type]
 
 
 def test_tensors_that_are_not_laid_out_as_expected_are_refused() -> None:
     codes = Codes(torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 2, 2), torch.zeros(4, 2))
-    grids = native.Grids(codes.scales, codes.offsets, codes.patterns, 4)
+    grids = coding.Grids(codes.scales, codes.offsets, codes.patterns, 4)
     gram, pull = torch.eye(8), torch.zeros(4, 8)
-    native.choose_codes(grids, gram, pull, 0, 8)
+    coding.choose_codes(grids, gram, pull, 0, 8)
     for bad in (gram.double(), torch.eye(9)[:8, :8], torch.eye(7)):
         with pytest.raises(KernelError, match="expected torch"):
-            native.choose_codes(grids, bad, pull, 0, 8)
+            coding.choose_codes(grids, bad, pull, 0, 8)
     with pytest.raises(KernelError, match="expected torch"):
-        native.choose_codes(native.Grids(codes.scales[:, :1], codes.offsets, codes.patterns, 4), gram, pull, 0, 8)
+        coding.choose_codes(coding.Grids(codes.scales[:, :1], codes.offsets, codes.patterns, 4), gram, pull, 0, 8)
     with pytest.raises(KernelError, match="expected torch"):
-        native.feed_back(grids, torch.arange(8, dtype=torch.int32), gram, pull, 0, 8)
+        coding.feed_back(grids, torch.arange(8, dtype=torch.int32), gram, pull, 0, 8)
