@@ -25,6 +25,7 @@ from torch import Tensor
 from hcx.artifacts import digest_file
 from hcx.compress import Calibration, CompressPlan, InputStatistics, ModulePlan, collect
 from hcx.compress.calibration_text import calibration_batches
+from hcx.compress.sensitivity import groups_of
 from hcx.data import MicroBatch, ShardSet, validation_batches, validation_bytes
 from hcx.errors import ConfigError
 from hcx.kernels.format import PackedWeight
@@ -194,6 +195,7 @@ def measure(
     _check_methods(methods, widths, peers)
     shards = ShardSet.open(shards_directory)
     if MIXED in methods:
+        groups_of((), by)  # an unknown level is refused before the calibration
         _check_documents(shards, max_documents)
     loaded = load_model(model)
     batches = calibration_batches(calibration, loaded.config.max_seq_len, loaded.tokenizer, shards)
