@@ -90,10 +90,7 @@ class TextReader:
         return [row for number, hidden in enumerate(made) for row in self._score(hidden, number)]
 
     def _enter(self) -> list[Tensor]:
-        assert self._decoder.embedding is not None
-        weight, multiplier = self._decoder.embedding.weight, self._decoder.config.embedding_multiplier
-        hidden = [self._decoder.parts.embed(batch.tokens, weight) for batch in self.text]
-        return [one * multiplier for one in hidden] if multiplier != 1.0 else hidden
+        return [self._decoder.embed(batch.tokens) for batch in self.text]
 
     def _run(self, hidden: Tensor, batch: MicroBatch, start: int, stop: int) -> Tensor:
         """Through the blocks from `start` to before `stop`, with the decoder's own operations in their order."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hcx.generate.cache import CacheView
@@ -94,10 +93,7 @@ class NativeSteps(EagerSteps):
         """See `Steps.decode_step`."""
         if adapter_ids is not None or not isinstance(cache, CacheView):
             return super().decode_step(tokens, positions, cache, adapter_ids)
-        assert self.decoder.embedding is not None
-        hidden = F.embedding(tokens, self.decoder.embedding.weight)
-        if self.decoder.config.embedding_multiplier != 1.0:
-            hidden *= self.decoder.config.embedding_multiplier
+        hidden = self.decoder.embed(tokens[:, None])[0]
         cosines, sines = self._rotary(cache.keys.shape[2])
         self._native.step(hidden, positions.contiguous(), cache.keys, cache.values, cosines, sines)
         return self.logits(hidden)

@@ -204,9 +204,7 @@ class Decoder(nn.Module):
         """Tokens (first stage) or hidden states -> hidden states, after the final norm on the last stage."""
         hidden = inputs
         if self.embedding is not None:
-            hidden = self.parts.embed(inputs, self.embedding.weight)
-            if self.config.embedding_multiplier != 1.0:
-                hidden = hidden * self.config.embedding_multiplier
+            hidden = self.embed(inputs)
         rotary = rotary_tables(self.config, meta.positions, self.parts.sequence_length(hidden), hidden)
         for sublayer in cast("Iterable[Sublayer]", self.sublayers):
             branch = self._branch(sublayer, hidden, meta, rotary)
@@ -214,6 +212,14 @@ class Decoder(nn.Module):
                 branch = branch * self.config.residual_multiplier
             hidden = hidden + branch
         return hidden if self.norm is None else self.norm(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block: tokens `[batch, seq]` -> `[seq, batch, hidden]`."""
+        if self.embedding is None:
+            raise ValueError("this stage has no embedding")
+        hidden = self.parts.embed(tokens, self.embedding.weight)
+        multiplier = self.config.embedding_multiplier
+        return hidden * multiplier if multiplier != 1.0 else hidden
 
     def set_rope_theta(self, theta: float) -> None:
         """Another base of the rotary embedding from the next forward on; weights stay as they are."""

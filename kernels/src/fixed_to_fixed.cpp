@@ -1,6 +1,7 @@
 // Encoding: cuts the stream into segments, each searched alone, and packs the code words.
 #include <atomic>
 #include <cstring>
+#include <new>
 
 #include "layout.h"
 #include "memory.h"

@@ -1,5 +1,4 @@
 // One token for every row: all blocks of a decoder from binary-coded weights, in one call.
-#include <cmath>
 #include <cstring>
 
 #include "layout.h"
