@@ -31,11 +31,19 @@ def compress(
     shares: Annotated[
         str | None, typer.Option(help="of calibration text, such as ko=0.4,en=0.4,code=0.2; the shards' if absent")
     ] = None,
-    max_documents: Annotated[int | None, typer.Option(help="scored per language")] = None,
+    max_documents: Annotated[
+        str | None, typer.Option(help="scored per language: one number, or such as ko=20,en=40,code=10")
+    ] = None,
     by: Annotated[str, typer.Option(help="what bcq-mixed gives planes to: layer, type or matrix")] = "layer",
     sensitivity_documents: Annotated[
         int, typer.Option("--sensitivity-documents", help="that bcq-mixed reads per language, behind those scored")
     ] = 16,
+    sensitivity_rows: Annotated[
+        int | None, typer.Option("--sensitivity-rows", help="of those documents, spread evenly; all if absent")
+    ] = None,
+    sensitivity_objective: Annotated[
+        str, typer.Option("--sensitivity-objective", help="loss, or divergence from full precision")
+    ] = "loss",
     quick: Annotated[bool, typer.Option("--quick", help="3 bits, little text")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
@@ -45,6 +53,7 @@ def compress(
     from hcx.compress import Calibration
     from hcx.config.decode import decode
     from hcx.errors import ConfigError
+    from hcx.recipe.allocation import Reading
     from hcx.recipe.bench_compress import measure
     from hcx.recipe.compress_peers import find_peers
 
@@ -54,12 +63,18 @@ def compress(
         given = {name: float(value) for name, _, value in split}
     except ValueError:
         raise ConfigError(f"--bits {bits}, --shares {shares}: expected 4,3,2.5 and ko=0.4,en=0.6") from None
-    if sensitivity_documents < 1:
-        raise ConfigError(f"--sensitivity-documents {sensitivity_documents}: must be at least 1")
+    scored = _documents(max_documents)
+    if min(sensitivity_documents, 1 if sensitivity_rows is None else sensitivity_rows) < 1:
+        raise ConfigError(
+            f"--sensitivity-documents {sensitivity_documents}, --sensitivity-rows {sensitivity_rows}: at least 1 each"
+        )
+    if sensitivity_objective not in ("loss", "divergence"):
+        raise ConfigError(f"--sensitivity-objective {sensitivity_objective}: loss or divergence")
     if not widths or not all(1 <= width <= 8 for width in widths) or group_size < 8:
         raise ConfigError(f"--bits {bits}, --group-size {group_size}: 1 to 8 bits, groups of at least 8")
     if quick:
-        widths, tokens, max_documents = widths[1:2] or widths, min(tokens, 8192), min(max_documents or 8, 8)
+        widths, tokens = widths[1:2] or widths, min(tokens, 8192)
+        scored = 8 if scored is None else scored
     settings = decode(Calibration, {"tokens": tokens, "shares": given}, "the command line")
     names = [name for name in peers.split(",") if name] if peers is not None else None
     measured = measure(
@@ -70,9 +85,9 @@ def compress(
         find_peers(names),
         group_size,
         settings,
-        max_documents=max_documents,
+        max_documents=scored,
         by=by,
-        sensitivity_documents=sensitivity_documents,
+        reading=Reading(sensitivity_objective, sensitivity_documents, sensitivity_rows),  # type: ignore[arg-type]
     )
     rows = keep_rows(measured, out, lambda row: row.as_dict())
     if not write_rows([row.as_dict() for row in rows], None, as_json):
@@ -97,6 +112,21 @@ def compress(
             ],
         )
     echo(f"calibrated on {rows[0].calibration_tokens:,} tokens of training text, in one pass over full precision")
+
+
+def _documents(given: str | None) -> int | dict[str, int] | None:
+    from hcx.errors import ConfigError
+
+    if given is None:
+        return None
+    try:
+        parts = [part.partition("=") for part in given.split(",")]
+        numbers = {name: int(value) for name, _, value in parts} if "=" in given else int(given)
+    except ValueError:
+        numbers = 0
+    if min(numbers.values() if isinstance(numbers, dict) else [numbers]) < 1:
+        raise ConfigError(f"--max-documents {given}: expected a number of at least 1, or ko=20,en=40,code=10")
+    return numbers
 
 
 def _excess(row: CompressRow, of: str) -> str:

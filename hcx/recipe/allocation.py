@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,56 @@ from hcx.compress import CompressPlan, ModulePlan, PlanRule
 from hcx.compress.allocate import Allocation, Choice, allocate
 from hcx.compress.bcq import SCALE_DTYPES
 from hcx.compress.sensitivity import groups_of, measure_sensitivity
-from hcx.compress.text_reader import Losses, TextReader, by_domain
-from hcx.data import ShardSet, validation_batches
+from hcx.compress.text_reader import Losses, Objective, TextReader, by_domain
+from hcx.data import MicroBatch, ShardSet, validation_batches
 from hcx.errors import ConfigError
 from hcx.model.decoder import Decoder
 from hcx.model.load import load_model
+
+MICRO_BATCH, ALL = 4, 1 << 30
+"""Rows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What sensitivities are read on, and how.
+
+    Attributes:
+        objective: `loss` of the next token, or `divergence` from full precision, which tells small changes apart on far
+            less text.
+        max_documents: held-out documents of each language.
+        max_rows: of each language, spread evenly over those of its documents; all if None.
+        seq_len: tokens per row.
+        first_documents: language -> number of the first one; 0 if not named.
+    """
+
+    objective: Objective = "loss"
+    max_documents: int = 16
+    max_rows: int | None = None
+    seq_len: int = 256
+    first_documents: Mapping[str, int] = field(default_factory=dict)
+
+    def text(self, shards: ShardSet, languages: Sequence[str]) -> list[MicroBatch]:
+        """The rows of each language, a few at a time.
+
+        Raises:
+            ConfigError: a number is below 1.
+            DataError: a language has no such documents.
+        """
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"max_rows = {self.max_rows}; must be at least 1")
+        found: list[MicroBatch] = []
+        for language in languages:
+            first = self.first_documents.get(language, 0)
+            [whole] = validation_batches(shards, language, self.seq_len, ALL, self.max_documents, first)
+            rows = len(whole.sources)
+            count = rows if self.max_rows is None else min(self.max_rows, rows)
+            chosen = [place * rows // count for place in range(count)]
+            found += [whole.select(chosen[start : start + MICRO_BATCH]) for start in range(0, count, MICRO_BATCH)]
+        return found
+
+
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -29,7 +74,7 @@ class AllocationReport:
     Attributes:
         plan: what to compress with.
         allocation: the choice of each group.
-        loss: nats per token at full precision, by language.
+        loss: of full precision, by language: nats per token, or 0 where divergence from it was read.
         rises: group -> bits -> language -> rise of the loss with that group alone quantized.
         average_bits: planes per weight of the plan.
     """
@@ -66,7 +111,7 @@ class Sensitivities:
     Attributes:
         shapes: module -> (rows, columns).
         groups: name -> modules.
-        loss: nats per token at full precision, by language.
+        loss: of full precision, by language.
         rises: group -> bits -> language -> rise.
     """
 
@@ -83,9 +128,7 @@ def read_sensitivities(
     widths: Sequence[int],
     by: str = "layer",
     languages: Sequence[str] | None = None,
-    max_documents: int = 16,
-    seq_len: int = 256,
-    first_document: int = 0,
+    reading: Reading = DEFAULT_READING,
     progress: Callable[[str], None] | None = None,
 ) -> Sensitivities:
     """Reads the loss of held-out documents with each group of layers quantized alone.
@@ -97,9 +140,7 @@ def read_sensitivities(
         widths: planes to try.
         by: `matrix`, `layer` (attention and MLP of each block) or `type`.
         languages: to read; all that have held-out documents if None.
-        max_documents: per language.
-        seq_len: tokens per row.
-        first_document: number of the first one read.
+        reading: how much of them, and what is read.
         progress: called after each reading.
     """
     shards = ShardSet.open(shards_directory)
@@ -116,12 +157,7 @@ def read_sensitivities(
     def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
         return default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
 
-    text = [
-        batch
-        for language in chosen
-        for batch in validation_batches(shards, language, seq_len, 4, max_documents, first_document)
-    ]
-    reader = TextReader(decoder, text)
+    reader = TextReader(decoder, reading.text(shards, chosen), reading.objective)
 
     def begin(stems: Sequence[str]) -> None:
         reader.keep(min(int(stem.split(".")[2]) for stem in stems))
@@ -179,8 +215,7 @@ def allocate_bits(
     widths: Sequence[int] = (1, 2, 3, 4, 5, 6),
     by: str = "layer",
     shares: Mapping[str, float] | None = None,
-    max_documents: int = 16,
-    seq_len: int = 256,
+    reading: Reading = DEFAULT_READING,
     progress: Callable[[str], None] | None = None,
 ) -> AllocationReport:
     """Sensitivities on held-out text, and the plan that they ask for: `read_sensitivities`, then `allocation_of`.
@@ -194,8 +229,7 @@ def allocate_bits(
         widths: planes to choose from.
         by: `matrix`, `layer` (attention and MLP of each block) or `type`.
         shares: language -> weight of its loss; equal if None.
-        max_documents: per language.
-        seq_len: tokens per row.
+        reading: what is read of the held-out documents.
         progress: called after each reading.
 
     Raises:
@@ -208,9 +242,7 @@ def allocate_bits(
         raise ConfigError(f"widths = {list(widths)}; different numbers from 1 to 8 are allowed")
     _check_average(average_bits, widths)
     weights = _shares(ShardSet.open(shards_directory), shares)
-    read = read_sensitivities(
-        model, shards_directory, base.default, widths, by, tuple(weights), max_documents, seq_len, progress=progress
-    )
+    read = read_sensitivities(model, shards_directory, base.default, widths, by, tuple(weights), reading, progress)
     return allocation_of(read, average_bits, base, weights)
 
 

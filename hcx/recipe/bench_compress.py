@@ -13,8 +13,8 @@ budget lies between those of its neighbours, and peers get the lower width with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hcx.model.meta import ForwardMeta
 from hcx.model.parts.sources import DenseSource
 from hcx.obs import get_logger
 from hcx.obs.machine import cpu_name
-from hcx.recipe.allocation import Sensitivities, allocation_of, read_sensitivities
+from hcx.recipe.allocation import DEFAULT_READING, Reading, Sensitivities, allocation_of, read_sensitivities
 from hcx.recipe.compress_peers import Peer
 from hcx.recipe.quality import Estimate, ratio_estimate
 
@@ -59,6 +59,9 @@ PEER_GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that peers may take between whole numbers of bits, best first."""
 SAME_WEIGHT = 1e-5
 """A contender that moves no weight by more than this, relative to the largest, has found the model's own grid."""
+
+
+Documents = int | Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -169,9 +172,9 @@ def measure(
     group_size: int,
     calibration: Calibration,
     seq_len: int = 256,
-    max_documents: int | None = None,
+    max_documents: Documents = None,
     by: str = "layer",
-    sensitivity_documents: int = 16,
+    reading: Reading = DEFAULT_READING,
 ) -> Iterator[CompressRow]:
     """Quantizes with every contender at every width, and scores each.
 
@@ -184,9 +187,9 @@ def measure(
         group_size: of the peers.
         calibration: how much text, of which languages.
         seq_len: tokens per scored row.
-        max_documents: scored per language; all if not given.
+        max_documents: scored per language, one number or one for each language; all if not given.
         by: what `bcq-mixed` gives planes to: `layer`, `type` or `matrix`.
-        sensitivity_documents: that it reads, of each language, behind those that are scored.
+        reading: what it reads of each language, behind the documents that are scored.
 
     Raises:
         ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, or a
@@ -194,6 +197,7 @@ def measure(
     """
     _check_methods(methods, widths, peers)
     shards = ShardSet.open(shards_directory)
+    limits = _limits(shards, max_documents)
     if MIXED in methods:
         groups_of((), by)  # an unknown level is refused before the calibration
         _check_documents(shards, max_documents)
@@ -205,7 +209,7 @@ def measure(
             raise ConfigError(f"{model}: already binary-coded; the comparison starts from full precision")
         log.info("calibrating on %d tokens", sum(batch.tokens.numel() for batch in batches))
         statistics = dict(collect(files.config, files.read, batches))
-    held_out = _held_out(loaded, shards, seq_len, max_documents)
+    held_out = _held_out(loaded, shards, seq_len, limits)
     digest = next((digest_file(path) for path in sorted(model.glob("*.safetensors"))), "")
     dense = {stem: _weight(loaded.decoder, stem).clone() for stem in loaded.decoder.linears()}
     shared = (str(model), digest, sum(batch.tokens.numel() for batch in batches))
@@ -218,9 +222,7 @@ def measure(
             ModulePlan(group_size=group_size, method="alternating"),
             SENSITIVITY_WIDTHS,
             by=by,
-            max_documents=sensitivity_documents,
-            seq_len=seq_len,
-            first_document=max_documents or 0,
+            reading=replace(reading, seq_len=seq_len, first_documents=limits),
             progress=log.info,
         )
     nested = _Nested([int(bits) for bits in widths], OURS[NESTED])
@@ -252,20 +254,37 @@ def _check_methods(methods: Sequence[str], widths: Sequence[float], peers: dict[
         )
 
 
-def _check_documents(shards: ShardSet, max_documents: int | None) -> None:
+def _check_documents(shards: ShardSet, max_documents: Documents) -> None:
     """Refuses to read sensitivities on documents that are scored too."""
     if max_documents is None:
         raise ConfigError(
             f"--methods {MIXED} reads sensitivities on held-out documents behind those that are scored: say with "
             "--max-documents how many are scored"
         )
-    for language in shards.languages:
+    for language, scored in _limits(shards, max_documents).items():
         found = shards.shard(language, "validation").num_documents
-        if 0 < found <= max_documents:
+        if found <= scored:
             raise ConfigError(
-                f"--max-documents {max_documents}: {language} has {found} held-out documents, and {MIXED} reads "
+                f"--max-documents {scored}: {language} has {found} held-out documents, and {MIXED} reads "
                 "sensitivities on those behind; score fewer"
             )
+
+
+def _limits(shards: ShardSet, max_documents: Documents) -> dict[str, int]:
+    """How many documents are scored of each language that has any.
+
+    Raises:
+        ConfigError: the languages named are not those that there are.
+    """
+    known = {name: shards.shard(name, "validation").num_documents for name in shards.languages}
+    known = {name: count for name, count in known.items() if count}
+    if max_documents is None or isinstance(max_documents, int):
+        return {name: count if max_documents is None else max_documents for name, count in known.items()}
+    if set(max_documents) != set(known):
+        raise ConfigError(
+            f"--max-documents names {', '.join(max_documents)}; there are documents in {', '.join(known)}"
+        )
+    return dict(max_documents)
 
 
 class _Nested:
@@ -370,11 +389,9 @@ def _replace(
 
 
 @torch.no_grad()
-def _held_out(loaded: LoadedModel, shards: ShardSet, seq_len: int, limit: int | None) -> dict[str, _Rows]:
+def _held_out(loaded: LoadedModel, shards: ShardSet, seq_len: int, limits: Mapping[str, int]) -> dict[str, _Rows]:
     found = {}
-    for language in shards.languages:
-        if shards.shard(language, "validation").num_documents == 0:
-            continue
+    for language, limit in limits.items():
         batches = list(validation_batches(shards, language, min(seq_len, loaded.config.max_seq_len), 8, limit))
         if sum(batch.tokens.shape[0] for batch in batches) < 2:
             raise ConfigError(

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hcx.cli.main import main
 from hcx.compress import CompressPlan, ModulePlan, compress_model
+from hcx.compress.divergence import divergence_by_language
 from hcx.compress.text_reader import TextReader
+from hcx.data import ShardSet
 from hcx.errors import ConfigError
-from hcx.recipe.allocation import allocate_bits, read_sensitivities
+from hcx.model.load import load_model
+from hcx.recipe.allocation import Reading, allocate_bits, read_sensitivities
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
 
@@ -24,11 +28,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SMALL = Reading(max_documents=2, seq_len=64)
 BASE = CompressPlan(default=ModulePlan(group_size=32, method="greedy"))
 
 
 def test_a_fractional_average_is_met_and_takes_no_more_than_uniform_planes(made: Path, tmp_path: Path) -> None:
-    found = allocate_bits(made / "full", made / "shards", 2.5, BASE, (1, 2, 3, 4), max_documents=2, seq_len=64)
+    found = allocate_bits(made / "full", made / "shards", 2.5, BASE, (1, 2, 3, 4), reading=SMALL)
     assert 2.2 < found.average_bits <= 2.5
     summary = compress_model(made / "full", tmp_path / "mixed", found.plan)
     assert summary.bits_per_weight <= 2.5 * (1 + 16 / 32) + 1e-9
@@ -59,10 +64,41 @@ def test_hidden_states_kept_before_a_group_change_no_reading(
 ) -> None:
     default = ModulePlan(group_size=32, method="greedy")
     arguments = (made / "full", made / "shards", default, (1, 3), by)
-    kept = read_sensitivities(*arguments, max_documents=2, seq_len=64)
+    kept = read_sensitivities(*arguments, reading=SMALL)
     keep = TextReader.keep
     monkeypatch.setattr(TextReader, "keep", lambda reader, block: keep(reader, 0))
-    assert read_sensitivities(*arguments, max_documents=2, seq_len=64) == kept
+    assert read_sensitivities(*arguments, reading=SMALL) == kept
+
+
+def test_divergence_is_read_on_rows_spread_over_the_documents(made: Path) -> None:
+    shards = ShardSet.open(made / "shards")
+    whole = Reading(max_documents=4, seq_len=32).text(shards, ["ko", "en"])
+    assert max(len(batch.sources) for batch in whole) == 4
+    rows = {
+        name: [t for b in whole for t, s in zip(b.tokens, b.sources, strict=True) if s == name] for name in ("ko", "en")
+    }
+    reading = Reading("divergence", max_documents=4, max_rows=5, seq_len=32)
+    text = reading.text(shards, ["ko", "en"])
+    assert [batch.sources for batch in text] == [("ko",) * 4, ("ko",), ("en",) * 4, ("en",)]
+    for name, batches in (("ko", text[:2]), ("en", text[2:])):
+        found, count = torch.cat([batch.tokens for batch in batches]), len(rows[name])
+        assert count > 6
+        assert torch.equal(found, torch.stack([rows[name][place * count // 5] for place in range(5)]))
+    default = ModulePlan(group_size=32, method="greedy")
+    read = read_sensitivities(made / "full", made / "shards", default, (1, 4), "type", ("ko", "en"), reading)
+    full, changed = load_model(made / "full").decoder, load_model(made / "full").decoder
+    with torch.no_grad():
+        for stem, part in changed.linears().items():
+            if stem.endswith("down_proj"):
+                part.source.weight.copy_(
+                    default.model_copy(update={"bits": 1}).quantize(part.source.weight).dequantize()
+                )
+    for name, told in divergence_by_language(full, changed, text).items():
+        assert read.loss[name] == pytest.approx(0.0, abs=1e-5)
+        assert read.rises["*.down_proj"][1][name] == pytest.approx(told.kl, rel=1e-3)
+    assert all(rises[4][name] < rises[1][name] for rises in read.rises.values() for name in ("ko", "en"))
+    with pytest.raises(ConfigError, match="max_rows = 0"):
+        Reading(max_rows=0).text(shards, ["ko"])
 
 
 def test_bad_requests_say_what_is_allowed(made: Path) -> None:
