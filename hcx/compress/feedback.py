@@ -172,8 +172,13 @@ def feedback_state(
     return state
 
 
-def damped_gram(gram: Tensor, in_features: int) -> Tensor:
+def damped_gram(gram: Tensor, in_features: int, damping: float = DAMPING) -> Tensor:
     """A Gram matrix that can be inverted, fp32.
+
+    Args:
+        gram: `[in, in]`.
+        in_features: of the layer.
+        damping: added to the diagonal, relative to its mean.
 
     Raises:
         ConfigError: its shape is another, or it is not finite.
@@ -184,8 +189,22 @@ def damped_gram(gram: Tensor, in_features: int) -> Tensor:
         raise ConfigError("the Gram matrix of a layer's inputs is not finite; the model overflows on calibration text")
     damped = gram.float().clone(memory_format=torch.contiguous_format)
     mean = float(damped.diagonal().double().mean())
-    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
     return damped
+
+
+def error_shares(gram: Tensor, order: Tensor) -> Tensor:
+    """How the error of each column is shared among those visited later.
+
+    Args:
+        gram: damped, `[in, in]`.
+        order: int64 `[in]`, of the visits.
+
+    Returns:
+        fp32 `[in, in]`, upper triangular, in that order: `U` with `U^T U` the inverse of `gram`.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()[order][:, order]))
+    return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
 
 
 def output_error(weight: Tensor, packed: PackedWeight, gram: Tensor) -> float:
@@ -207,10 +226,7 @@ def _choose_grid(
 
 def _feed_back(state: GridState, order: Tensor, choose: tuple[MethodEntry, GridOptions] | None) -> None:
     """Quantizes column after column; grids are chosen as groups are reached, if `choose` is given (natural order)."""
-    gram = state.gram.double()[order][:, order]
-    # H^-1 = U^T U with U upper: row j of U says how column j's error is shared among the later ones.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    upper = torch.linalg.cholesky(inverse, upper=True).float().contiguous()
+    upper = error_shares(state.gram, order)
     current = state.weight[:, order].contiguous()
     diagonal = state.gram.diagonal()
     in_features, size = current.shape[1], state.group_size

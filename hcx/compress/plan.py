@@ -250,6 +250,8 @@ class SearchPlan(Config):
     objective: Literal["divergence", "loss"] = "divergence"
     """`loss`: of the next token. `divergence`: from the full-precision model's predictions, which is what the loss
     rises by on text like the model's own, and needs far less text to tell two settings apart."""
+    feedback: bool = False
+    """Columns make up for the errors of those before them, with a damping that is searched, too."""
     start: Literal["least_squares", "rounding"] = "least_squares"
     """Where each layer's search begins: at its clip of least squared error, or at plain rounding."""
     slack: Annotated[float, Field(ge=0)] = 0.02

@@ -5,7 +5,8 @@ by the loss of the whole model, frozen, and the next layer follows (Kim et al., 
 grids and the order of the search are this project's.
 
 Such a greedy descent is not monotone over layers, and it can overfit its text: at the end the searched model, plain
-rounding and the clip of least squared error are compared on text that no search has seen, and the best is kept.
+rounding, the clip of least squared error and (where the search has a damping) that clip with the usual error feedback
+are compared on text that no search has seen, and the best is kept.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from hcx.compress.rounding import PLAIN, Knobs, RoundedWeight, mse_knobs, round_weight
+from hcx.compress.feedback import DAMPING
+from hcx.compress.rounding import PLAIN, ErrorShares, Knobs, RoundedWeight, mse_knobs, round_weight
 from hcx.compress.search_study import STRICT, WEIGHT_GRIDS, Acceptance, Sampler, Trial, accepted, search_layer
 from hcx.compress.text_reader import Losses, Objective, ScoredRow, TextReader, by_domain
 from hcx.data.batch import MicroBatch
-from hcx.errors import DataError
+from hcx.errors import ConfigError, DataError
 from hcx.kernels import PackedWeight
 from hcx.model.decoder import Decoder
 from hcx.model.parts.sources import DenseSource
@@ -62,8 +64,8 @@ class SearchOutcome:
     """What the search found, and what is kept.
 
     Attributes:
-        chosen: `searched`, `least squares` or `rounding`: the best on held-out text.
-        candidates: each of the three -> the knobs of every layer.
+        chosen: `searched`, `error feedback`, `least squares` or `rounding`: the best on held-out text.
+        candidates: each of them -> the knobs of every layer.
         held_out: candidate -> held-out losses by domain.
         trials: layer -> every evaluation, in order.
     """
@@ -102,6 +104,7 @@ def search_layers(
 
     Args:
         target: the model.
+        grids: with an axis `damping`, the usual error feedback takes part in the choice at the end.
         start: where each layer's search begins: at plain rounding, or at its clip of least squared error.
     """
     trials: dict[str, list[Trial]] = {}
@@ -131,11 +134,10 @@ def search_layers(
         target.put(name, searched[name])
         if progress is not None:
             progress(name)
-    candidates = {
-        "searched": searched,
-        "least squares": {name: target.least_squares(name) for name in target.names},
-        "rounding": dict.fromkeys(target.names, PLAIN),
-    }
+    clipped = {name: target.least_squares(name) for name in target.names}
+    candidates = {"searched": searched, "least squares": clipped, "rounding": dict.fromkeys(target.names, PLAIN)}
+    if "damping" in grids:
+        candidates["error feedback"] = {name: replace(knobs, damping=DAMPING) for name, knobs in clipped.items()}
     held_out: dict[str, Losses] = {}
     target.begin(target.names[0])
     for candidate, knobs in candidates.items():
@@ -173,6 +175,7 @@ class DecoderTarget:
         text: what searches see.
         held_out: what they do not.
         objective: what `losses` are.
+        grams: mean of `x x^T` over what each layer reads, by its stem; needed where knobs have a damping.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class DecoderTarget:
         text: Sequence[MicroBatch],
         held_out: Sequence[MicroBatch],
         objective: Objective = "loss",
+        grams: Mapping[str, Tensor] | None = None,
     ) -> None:
         if not text or not held_out:
             raise DataError("the search needs text to search on, and other text to compare on at the end")
@@ -193,6 +197,8 @@ class DecoderTarget:
         self._dense = {stem: self._weight(stem).detach().clone() for stem in self.names}
         self._seen, self._unseen = (TextReader(decoder, part, objective) for part in (text, held_out))
         self._last: list[float] = []
+        self._grams = grams or {}
+        self._shares: dict[tuple[str, float], ErrorShares] = {}
 
     def begin(self, name: str) -> None:
         """Takes the kept hidden states to the block of this layer."""
@@ -225,7 +231,8 @@ class DecoderTarget:
 
     def rounded(self, name: str, knobs: Knobs) -> RoundedWeight:
         """A layer's codes and steps."""
-        return round_weight(self._dense[name], self._bits(name), self._group_size(name), knobs)
+        shares = None if knobs.damping is None else self._shares_of(name, knobs.damping)
+        return round_weight(self._dense[name], self._bits(name), self._group_size(name), knobs, shares=shares)
 
     def packed(self, knobs: Mapping[str, Knobs]) -> dict[str, PackedWeight]:
         """Every layer in the packed format."""
@@ -238,6 +245,15 @@ class DecoderTarget:
     def score_rows(self, text: Sequence[MicroBatch]) -> list[ScoredRow]:
         """The task loss of each row of any text with the decoder as it is now."""
         return TextReader(self._decoder, text).rows()
+
+    def _shares_of(self, name: str, damping: float) -> ErrorShares:
+        if name not in self._grams:
+            raise ConfigError(f"damping = {damping}: there is no Gram matrix of what {name} reads")
+        if (name, damping) not in self._shares:
+            # Those of one layer are asked for again and again, and never again once it is frozen.
+            self._shares = {key: kept for key, kept in self._shares.items() if key[0] == name}
+            self._shares[name, damping] = ErrorShares.of(self._grams[name], damping)
+        return self._shares[name, damping]
 
     def _weight(self, stem: str) -> Tensor:
         part = self._decoder.linears()[stem]

@@ -10,10 +10,11 @@ from typing import Any
 
 from hcx.artifacts import artifact_input
 from hcx.artifacts.digest import digest_json
+from hcx.compress.calibration import collect
 from hcx.compress.plan import CompressPlan
 from hcx.compress.run import choose_modules
 from hcx.compress.search import DecoderTarget, SearchOutcome, search_layers
-from hcx.compress.search_study import Acceptance
+from hcx.compress.search_study import FEEDBACK_GRIDS, WEIGHT_GRIDS, Acceptance
 from hcx.data.batch import MicroBatch
 from hcx.errors import ConfigError, DataError
 from hcx.kernels import PackedWeight
@@ -66,6 +67,8 @@ def search_target(
     seen, held_out = split_text(text, plan.search.held_out)
     with ModelFiles(source) as files:
         chosen = choose_modules(files, canonical_names(files), plan)
+        read = collect(files.config, files.read, seen) if plan.search.feedback else ()
+        grams = {stem: statistics.gram for stem, statistics in read if stem in chosen}
     target = DecoderTarget(
         load_model(source).decoder,
         list(chosen),
@@ -74,6 +77,7 @@ def search_target(
         seen,
         held_out,
         plan.search.objective,
+        grams,
     )
     settings: dict[str, Any] = {
         "model": artifact_input("model", source).digest,
@@ -129,6 +133,7 @@ def search_planned(
     assert plan.search is not None
     return search_layers(
         target,
+        grids=FEEDBACK_GRIDS if plan.search.feedback else WEIGHT_GRIDS,
         rounds=plan.search.rounds,
         sampler=plan.search.sampler,
         rule=Acceptance(slack=plan.search.slack, noise=plan.search.noise),

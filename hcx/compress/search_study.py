@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hcx.compress.rounding import KAPPAS, PLAIN, SHIFTS, TILTS, Knobs
+from hcx.compress.rounding import DAMPINGS, KAPPAS, PLAIN, SHIFTS, TILTS, Knobs
 from hcx.compress.text_reader import Losses
 from hcx.errors import ConfigError, MissingExtra
 
 Sampler = Literal["coordinate", "random", "tpe"]
 WEIGHT_GRIDS: dict[str, tuple[float, ...]] = {"kappa": KAPPAS, "g0": SHIFTS, "g1": TILTS}
+FEEDBACK_GRIDS: dict[str, tuple[float, ...]] = {"damping": DAMPINGS, **WEIGHT_GRIDS}
 ACTIVATION_GRIDS: dict[str, tuple[float, ...]] = {"kappa_a": KAPPAS, "g_a": SHIFTS}
 JOURNAL = "search.journal"
 

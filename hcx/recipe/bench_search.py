@@ -49,7 +49,7 @@ class SearchRow:
         loss_full: of the full-precision model.
         tokens: held-out tokens scored.
         search_tokens: of calibration text, those kept for the choice included.
-        objective, start, noise, rounds, sampler: of the search.
+        objective, feedback, start, noise, rounds, sampler: of the search.
         evaluations: of the task loss in the search, over all layers.
         seconds: the search took.
         device: the processor.
@@ -73,6 +73,7 @@ class SearchRow:
     tokens: int
     search_tokens: int
     objective: str
+    feedback: bool
     start: str
     noise: float
     rounds: int
@@ -161,6 +162,7 @@ def measure(
                 "seed": seed,
                 "search_tokens": sum(batch.tokens.numel() for batch in batches),
                 "objective": search.objective,
+                "feedback": search.feedback,
                 "start": search.start,
                 "noise": search.noise,
                 "rounds": search.rounds,

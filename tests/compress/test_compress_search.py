@@ -20,6 +20,7 @@ from hcx.compress.rounding import (
     PLAIN,
     SHIFTS,
     TILTS,
+    ErrorShares,
     Knobs,
     mse_knobs,
     round_activations,
@@ -27,7 +28,15 @@ from hcx.compress.rounding import (
     threshold_round,
 )
 from hcx.compress.search import DecoderTarget, search_layers
-from hcx.compress.search_study import WEIGHT_GRIDS, Acceptance, Trial, accepted, evaluations, search_layer
+from hcx.compress.search_study import (
+    FEEDBACK_GRIDS,
+    WEIGHT_GRIDS,
+    Acceptance,
+    Trial,
+    accepted,
+    evaluations,
+    search_layer,
+)
 from hcx.compress.text_reader import Losses
 from hcx.errors import ConfigError, DataError
 from hcx.kernels import Spec, select
@@ -91,6 +100,57 @@ def test_the_curve_is_read_at_the_clipped_magnitude() -> None:
     assert threshold_round(scaled, scaled / 3, 0.0, 0.0).tolist() == [1.0, 3.0, 5.0]
 
 
+def _gram(columns: int, seed: int = 3) -> torch.Tensor:
+    """Of inputs of unequal strength that depend on each other."""
+    x = _normal(200, columns, seed) @ (_normal(columns, columns, seed + 1) / columns**0.5 + torch.eye(columns))
+    return (x * torch.linspace(0.3, 2.0, columns)).square_().sum(0).diag() / 200 * 0.1 + x.t() @ x / 200
+
+
+@pytest.mark.parametrize("knobs", [Knobs(0.9, damping=0.01), Knobs(0.8, 0.1, -0.2, damping=0.1)])
+@pytest.mark.parametrize(("columns", "group"), [(40, 32), (96, 96), (100, 16)])
+def test_error_feedback_is_that_of_the_inverse_gram_matrix_column_by_column(
+    knobs: Knobs, columns: int, group: int
+) -> None:
+    """Against elimination in fp64 as first published (OBQ: Frantar and Alistarh 2022, equations 2 and 3), no factor."""
+    weight, gram = _normal(6, columns), _gram(columns)
+    assert knobs.damping is not None
+    found = round_weight(weight, 3, group, knobs, shares=ErrorShares.of(gram, knobs.damping))
+    plain = round_weight(weight, 3, group, replace(knobs, damping=None))
+    assert torch.equal(found.step, plain.step)
+    left = gram.double() + knobs.damping * gram.double().diagonal().mean() * torch.eye(columns)
+    inverse, current = torch.linalg.inv(left), weight.double().clone()
+    codes = torch.zeros(6, columns)
+    for column in left.diagonal().argsort(descending=True, stable=True).tolist():
+        step = found.step[:, column // group].double()
+        scaled = current[:, column].abs() / step
+        magnitude = threshold_round(scaled, scaled / 3, knobs.g0, knobs.g1).clamp(max=3)
+        codes[:, column] = current[:, column].sign() * magnitude
+        error = (current[:, column] - codes[:, column] * step) / inverse[column, column]
+        current -= error[:, None] * inverse[column]
+        inverse -= inverse[:, column : column + 1] @ inverse[column : column + 1] / inverse[column, column]
+        current[:, column] = 0
+    assert torch.equal(found.codes.float(), codes)
+    assert torch.equal(found.packed().dequantize(), found.dense())
+    rest = [(one.dense() - weight).double() for one in (found, plain)]
+    with_feedback, without = (float(((r @ gram.double()) * r).sum()) for r in rest)
+    if knobs.g0 == 0:
+        assert with_feedback < 0.9 * without
+
+
+def test_feedback_that_does_not_believe_its_text_is_rounding_by_itself() -> None:
+    weight, gram = _normal(6, 64), _gram(64)
+    found = round_weight(weight, 3, 32, Knobs(0.9, 0.1, damping=1e9), shares=ErrorShares.of(gram, 1e9))
+    assert torch.equal(found.codes, round_weight(weight, 3, 32, Knobs(0.9, 0.1)).codes)
+    zero = torch.zeros(2, 64)  # groups without a step
+    assert not round_weight(zero, 3, 32, Knobs(damping=0.01), shares=ErrorShares.of(gram, 0.01)).codes.any()
+    with pytest.raises(ConfigError, match="needs what the layer reads"):
+        round_weight(weight, 3, 32, Knobs(damping=0.01))
+    with pytest.raises(ConfigError, match="needs what the layer reads"):
+        round_weight(weight, 3, 32, PLAIN, shares=ErrorShares.of(gram, 0.01))
+    with pytest.raises(ConfigError, match="must be above 0"):
+        ErrorShares.of(gram, 0.0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a7_the_packed_weight_is_the_rounded_one_bit_for_bit_and_multiplies_exactly(bits: int) -> None:
     weight = _normal(8, 100)
@@ -124,6 +184,7 @@ def test_a8_with_the_error_of_the_weight_as_loss_the_brute_force_point_is_found(
 
 def test_a5_the_number_of_evaluations_is_that_of_the_formula() -> None:
     assert evaluations(WEIGHT_GRIDS, 2) == 75
+    assert evaluations(FEEDBACK_GRIDS, 1) == 45
     seen = []
 
     def loss(knobs: Knobs) -> Losses:
@@ -355,6 +416,8 @@ def test_a4_the_loss_from_kept_hidden_states_is_that_of_whole_forwards(tmp_path:
             target.put(name, Knobs(0.8, 0.05, 0.1))
             assert target.losses() == target.full_forward_losses()
         assert set(target.losses()) == {"ko", "en"}
+        with pytest.raises(ConfigError, match="no Gram matrix of what"):
+            target.put(target.names[-1], Knobs(damping=0.01))
 
 
 def test_the_command_searches_and_the_directory_has_the_loss_that_was_told(
@@ -397,6 +460,52 @@ def test_the_command_searches_and_the_directory_has_the_loss_that_was_told(
             sums.setdefault(source, []).append(-float(logprobs[row].double().mean()))
     for language, losses in sums.items():
         assert sum(losses) / len(losses) == pytest.approx(told["held_out"][told["chosen"]][language], rel=1e-5)
+
+
+def test_a_search_with_feedback_reads_the_inputs_and_is_never_behind_the_usual_feedback(tmp_path: Path) -> None:
+    from hcx.compress import CompressPlan, collect
+    from hcx.compress.calibration_text import calibration_batches
+    from hcx.compress.feedback import DAMPING
+    from hcx.compress.search_model import search_model, search_target
+    from hcx.model.load import ModelFiles
+
+    shards = tiny_shards(tmp_path / "text", documents=60)
+    full = tiny_model_directory(
+        tmp_path / "full", with_tokenizer=False, vocab_size=shards.vocab_size, num_layers=1, initializer_range=0.2
+    )
+    plan = CompressPlan.model_validate(
+        {
+            "default": {"bits": 2, "group_size": 32, "method": "uniform"},
+            "rules": ({"pattern": "*.mlp.*", "keep": True},),
+            "search": {"rounds": 1, "feedback": True, "noise": 0},
+            "calibration": {"tokens": 1536, "seq_len": 32},
+        }
+    )
+    text = calibration_batches(plan.calibration, 256, None, shards)
+    packed, outcome = search_model(full, plan, text, tmp_path / "kept")
+    assert outcome.evaluations == 4 * 45
+    held_out = {name: sum(by.values()) / len(by) for name, by in outcome.held_out.items()}
+    assert set(held_out) == {"searched", "error feedback", "least squares", "rounding"}
+    assert held_out[outcome.chosen] == min(held_out.values())
+    assert {knobs.damping for knobs in outcome.candidates["error feedback"].values()} == {DAMPING}
+    assert any(knobs.damping is not None for knobs in outcome.candidates["searched"].values())
+    assert not any("mlp" in stem for stem in packed)
+    # The Gram matrices are those of the text that the search sees.
+    target, _ = search_target(full, plan, text)
+    from hcx.compress.search_model import split_text
+
+    with ModelFiles(full) as files:
+        statistics = dict(collect(files.config, files.read, split_text(text, 0.25)[0]))
+    dense = load_model(full).decoder.linears()["model.layers.0.self_attn.o_proj"].source.weight
+    knobs = Knobs(0.8, damping=0.03)
+    expected = round_weight(
+        dense, 2, 32, knobs, shares=ErrorShares.of(statistics["model.layers.0.self_attn.o_proj"].gram, 0.03)
+    )
+    assert torch.equal(target.rounded("model.layers.0.self_attn.o_proj", knobs).codes, expected.codes)
+    # Killed at the end and asked again: the same packed weights, nothing evaluated anew.
+    again, same = search_model(full, plan, text, tmp_path / "kept")
+    assert same.trials == outcome.trials
+    assert all(torch.equal(again[stem].dequantize(), packed[stem].dequantize()) for stem in packed)
 
 
 def test_the_choice_at_the_end_reads_rows_of_every_language_that_no_search_reads() -> None:

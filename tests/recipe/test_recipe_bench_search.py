@@ -102,7 +102,26 @@ def test_a_comparison_goes_on_from_what_it_kept(
 
 def test_wins_are_counted_over_cases_by_the_mean(model: Path) -> None:
     assert mean_estimate([Estimate(1.0, 0.7, 1.3), Estimate(3.0, 2.6, 3.4)]) == Estimate(2.0, 1.75, 2.25)
-    numbers = (1.0, 0.9, 1.1, -0.2, -0.3, -0.1, 0.8, 10, 10, "loss", "rounding", 2.0, 2, "coordinate", 75, 1.0, "")
+    numbers = (
+        1.0,
+        0.9,
+        1.1,
+        -0.2,
+        -0.3,
+        -0.1,
+        0.8,
+        10,
+        10,
+        "loss",
+        False,
+        "rounding",
+        2.0,
+        2,
+        "coordinate",
+        75,
+        1.0,
+        "",
+    )
     row = SearchRow("m", "", 3, 32, 0, MEAN, "searched", True, *numbers)
     close, behind = replace(row, seed=1, excess_high=0.1), replace(row, seed=2, excess=0.1, excess_high=0.2)
     other = replace(row, candidate="rounding", excess=0.5, excess_high=0.6)
