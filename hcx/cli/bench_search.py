@@ -21,7 +21,7 @@ def search(
     group_size: Annotated[int, typer.Option("--group-size", help="inputs that share a step")] = 128,
     tokens: Annotated[int, typer.Option(help="of calibration text")] = 8192,
     objective: Annotated[str, typer.Option(help="divergence from full precision, or loss")] = "divergence",
-    feedback: Annotated[bool, typer.Option("--feedback", help="search the damping of error feedback, too")] = False,
+    feedback: Annotated[bool, typer.Option(help="search the damping of error feedback, too")] = True,
     start: Annotated[str, typer.Option(help="least_squares or rounding")] = "least_squares",
     noise: Annotated[float, typer.Option(help="standard errors by which a setting must be better")] = 2.0,
     rounds: Annotated[int, typer.Option(help="over all knobs of a layer")] = 2,

@@ -111,15 +111,22 @@ class BlockWalk:
         return self._stage(range(self.layer, self.layer + 1))
 
     @torch.no_grad()
-    def statistics(self, block: Decoder, parts: Sequence[LinearPart]) -> list[InputStatistics]:
-        """Of the inputs of some linear parts of a block, over the whole calibration text; in one pass."""
+    def statistics(self, block: Decoder, parts: Sequence[LinearPart], advance: bool = False) -> list[InputStatistics]:
+        """Of the inputs of some linear parts of a block, over the whole calibration text; in one pass.
+
+        Args:
+            block: the next one.
+            parts: in the order in which the block runs them.
+            advance: whether that pass takes the hidden states through the block, too; else it ends at the last part.
+        """
         found = [_Accumulator() for _ in parts]
         counted: list[Tensor] = []
+        made: list[Tensor] = []
 
         def watch(index: int) -> Any:
             def see(module: Any, arguments: tuple[Tensor, ...]) -> None:
                 found[index].add(arguments[0], counted[0])
-                if index == len(parts) - 1:
+                if index == len(parts) - 1 and not advance:
                     raise _Reached
 
             return see
@@ -129,10 +136,13 @@ class BlockWalk:
             for hidden, meta, mask in zip(self.hidden, self._metas, self._counted, strict=True):
                 counted[:] = [mask]
                 with contextlib.suppress(_Reached):
-                    block(hidden, meta)
+                    made.append(block(hidden, meta))
         finally:
             for handle in handles:
                 handle.remove()
+        if advance:
+            self.hidden = made
+            self.layer += 1
         return [one.statistics() for one in found]
 
     @torch.no_grad()
@@ -164,10 +174,9 @@ def collect(
     for _ in range(config.num_layers):
         block = walk.block()
         parts = linear_parts(block)
-        for part, statistics in zip(parts, walk.statistics(block, parts), strict=True):
+        for part, statistics in zip(parts, walk.statistics(block, parts, advance=True), strict=True):
             for one in part.blocks:
                 yield one.stem, statistics
-        walk.advance(block)
 
 
 @dataclass

@@ -244,13 +244,13 @@ class SearchPlan(Config):
     """Clip and rounding of every layer chosen by the task loss (in the style of Q-Rater); grids are even."""
 
     rounds: Annotated[int, _within(1)] = 2
-    """Over all knobs of a layer; two rounds are 75 evaluations of the loss for each layer."""
+    """Over all knobs of a layer; two rounds are 89 evaluations of the loss for each layer, 75 without `feedback`."""
     sampler: Literal["coordinate", "random", "tpe"] = "coordinate"
     """Coordinate descent over the grids, or as many evaluations by one of optuna's samplers."""
     objective: Literal["divergence", "loss"] = "divergence"
     """`loss`: of the next token. `divergence`: from the full-precision model's predictions, which is what the loss
     rises by on text like the model's own, and needs far less text to tell two settings apart."""
-    feedback: bool = False
+    feedback: bool = True
     """Columns make up for the errors of those before them, with a damping that is searched, too."""
     start: Literal["least_squares", "rounding"] = "least_squares"
     """Where each layer's search begins: at its clip of least squared error, or at plain rounding."""

@@ -440,7 +440,8 @@ def test_the_command_searches_and_the_directory_has_the_loss_that_was_told(
     assert ended.value.code == 0
     assert list(json.loads(capsys.readouterr().out)["modules"]) == ["model.layers.0.self_attn.o_proj"]
     told = json.loads((tmp_path / "out.search" / "search.json").read_text())
-    assert told["evaluations"] == 38
+    assert told["evaluations"] == 45
+    assert set(told["held_out"]) == {"searched", "error feedback", "least squares", "rounding"}
     held_out = {name: sum(by.values()) / len(by) for name, by in told["held_out"].items()}
     assert held_out[told["chosen"]] == min(held_out.values()) <= held_out["rounding"]
     # Score the directory that was written on the same held-out rows.
