@@ -39,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_case_has_three_candidates_and_the_losses_are_those_of_their_weights(model: Path) -> None:
     shards = training_shards(model)
     settings = Calibration(tokens=1536, seq_len=32)
-    rows = list(measure(model, shards, [2, 3], [0, 1], 32, settings, SearchPlan(rounds=1, feedback=False), max_documents=4))
+    rows = list(
+        measure(model, shards, [2, 3], [0, 1], 32, settings, SearchPlan(rounds=1, feedback=False), max_documents=4)
+    )
     languages = list(dict.fromkeys(row.language for row in rows))
     assert languages[-1] == MEAN
     assert len(rows) == 2 * 2 * 3 * len(languages)
