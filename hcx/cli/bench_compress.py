@@ -74,7 +74,10 @@ def compress(
         raise ConfigError(f"--bits {bits}, --group-size {group_size}: 1 to 8 bits, groups of at least 8")
     if quick:
         widths, tokens = widths[1:2] or widths, min(tokens, 8192)
-        scored = 8 if scored is None else scored
+        if isinstance(scored, dict):
+            scored = {language: min(number, 8) for language, number in scored.items()}
+        else:
+            scored = min(scored or 8, 8)
     settings = decode(Calibration, {"tokens": tokens, "shares": given}, "the command line")
     names = [name for name in peers.split(",") if name] if peers is not None else None
     measured = measure(

@@ -200,7 +200,7 @@ def measure(
     limits = _limits(shards, max_documents)
     if MIXED in methods:
         groups_of((), by)  # an unknown level is refused before the calibration
-        _check_documents(shards, max_documents)
+        _check_documents(shards, None if max_documents is None else limits)
     loaded = load_model(model)
     batches = calibration_batches(calibration, loaded.config.max_seq_len, loaded.tokenizer, shards)
     log = get_logger(__name__)
@@ -254,14 +254,14 @@ def _check_methods(methods: Sequence[str], widths: Sequence[float], peers: dict[
         )
 
 
-def _check_documents(shards: ShardSet, max_documents: Documents) -> None:
+def _check_documents(shards: ShardSet, limits: Mapping[str, int] | None) -> None:
     """Refuses to read sensitivities on documents that are scored too."""
-    if max_documents is None:
+    if limits is None:
         raise ConfigError(
             f"--methods {MIXED} reads sensitivities on held-out documents behind those that are scored: say with "
             "--max-documents how many are scored"
         )
-    for language, scored in _limits(shards, max_documents).items():
+    for language, scored in limits.items():
         found = shards.shard(language, "validation").num_documents
         if found <= scored:
             raise ConfigError(
