@@ -44,6 +44,9 @@ def compress(
     sensitivity_objective: Annotated[
         str, typer.Option("--sensitivity-objective", help="loss, or divergence from full precision")
     ] = "loss",
+    sensitivities: Annotated[
+        Path | None, typer.Option(help="JSON file that keeps what bcq-mixed read; read from there if it exists")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="3 bits, little text")] = False,
     out: Annotated[Path | None, typer.Option(help="CSV file that rows are appended to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
@@ -91,6 +94,7 @@ def compress(
         max_documents=scored,
         by=by,
         reading=Reading(sensitivity_objective, sensitivity_documents, sensitivity_rows),  # type: ignore[arg-type]
+        sensitivities=sensitivities,
     )
     rows = keep_rows(measured, out, lambda row: row.as_dict())
     if not write_rows([row.as_dict() for row in rows], None, as_json):

@@ -84,12 +84,20 @@ def compress(
     }
     chosen = _plan(plan, {name: value for name, value in given.items() if value is not None})
     text = (shards or training_shards(model)) if report or average_bits is not None else None
+    batches = None
     if average_bits is not None:
         from hcx.recipe.allocation import allocate_bits
 
         log = get_logger(__name__)
+        batches = _calibration(model, chosen, plan, calibration)
         allocation = allocate_bits(
-            model, str(text), average_bits, chosen, by=by, progress=lambda read: log.info("measured %s", read)
+            model,
+            str(text),
+            average_bits,
+            chosen,
+            by=by,
+            progress=lambda read: log.info("measured %s", read),
+            calibration=batches,
         )
         chosen = allocation.plan
         if not as_json:
@@ -102,7 +110,8 @@ def compress(
         _show_plan(model, rows)
     if dry_run:
         return
-    batches = _calibration(model, chosen, plan, calibration)
+    if average_bits is None:
+        batches = _calibration(model, chosen, plan, calibration)
     found = _search(model, out, chosen, batches) if chosen.search is not None and batches is not None else None
     with Progress("compressing", total, "tensors") as progress:
         summary = compress_model(model, out, chosen, lambda _: progress.advance(), batches, found)

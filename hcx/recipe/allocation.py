@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hcx.compress import CompressPlan, ModulePlan, PlanRule
+from hcx.artifacts.durable import write_atomically
+from hcx.compress import CompressPlan, InputStatistics, ModulePlan, PlanRule, collect
 from hcx.compress.allocate import Allocation, Choice, allocate
 from hcx.compress.bcq import SCALE_DTYPES
 from hcx.compress.sensitivity import groups_of, measure_sensitivity
 from hcx.compress.text_reader import Losses, Objective, TextReader, by_domain
 from hcx.data import MicroBatch, ShardSet, validation_batches
-from hcx.errors import ConfigError
+from hcx.errors import ConfigError, DataError
 from hcx.model.decoder import Decoder
-from hcx.model.load import load_model
+from hcx.model.load import ModelFiles, load_model
 
 MICRO_BATCH, ALL = 4, 1 << 30
 """Rows."""
@@ -120,6 +122,35 @@ class Sensitivities:
     loss: dict[str, float]
     rises: dict[str, dict[int, dict[str, float]]]
 
+    def keep(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Writes them to a JSON file, with what they were read with."""
+        write_atomically(path, (json.dumps({"settings": settings, **asdict(self)}, indent=1) + "\n").encode())
+
+    @classmethod
+    def kept(cls, path: Path, settings: Mapping[str, Any]) -> Sensitivities:
+        """Those of a file.
+
+        Raises:
+            DataError: the file has none.
+            ConfigError: they were read with other settings.
+        """
+        try:
+            found = json.loads(path.read_bytes())
+            told = found["settings"]
+            read = cls(
+                {stem: (int(rows), int(columns)) for stem, (rows, columns) in found["shapes"].items()},
+                found["groups"],
+                found["loss"],
+                {name: {int(bits): rise for bits, rise in rises.items()} for name, rises in found["rises"].items()},
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: no file of sensitivities ({error}); name another, or remove it") from None
+        wanted = json.loads(json.dumps(settings))
+        if other := [name for name in wanted | told if wanted.get(name) != told.get(name)]:
+            differs = "; ".join(f"{name}: {told.get(name)} there, {wanted.get(name)} here" for name in other)
+            raise ConfigError(f"{path}: sensitivities read with other settings ({differs}); name another file")
+        return read
+
 
 def read_sensitivities(
     model: str | Path,
@@ -130,18 +161,23 @@ def read_sensitivities(
     languages: Sequence[str] | None = None,
     reading: Reading = DEFAULT_READING,
     progress: Callable[[str], None] | None = None,
+    statistics: Mapping[str, InputStatistics] | None = None,
 ) -> Sensitivities:
     """Reads the loss of held-out documents with each group of layers quantized alone.
 
     Args:
         model: full-precision MODEL directory.
         shards_directory: whose held-out documents are read.
-        default: settings of the quantizer but for the bits; it must need no calibration text.
+        default: settings of the quantizer but for the bits.
         widths: planes to try.
         by: `matrix`, `layer` (attention and MLP of each block) or `type`.
         languages: to read; all that have held-out documents if None.
         reading: how much of them, and what is read.
         progress: called after each reading.
+        statistics: module -> of its inputs at full precision, where the quantizer needs them.
+
+    Raises:
+        ConfigError: it needs them, and there are none.
     """
     shards = ShardSet.open(shards_directory)
     chosen = tuple(languages if languages is not None else _shares(shards, None))
@@ -155,7 +191,8 @@ def read_sensitivities(
     groups = groups_of(stems, by)
 
     def quantized(stem: str, weight: Tensor, bits: int) -> Tensor:
-        return default.model_copy(update={"bits": bits}).quantize(weight).dequantize()
+        plan = default.model_copy(update={"bits": bits})
+        return plan.quantize(weight, None if statistics is None else statistics[stem]).dequantize()
 
     reader = TextReader(decoder, reading.text(shards, chosen), reading.objective)
 
@@ -217,6 +254,7 @@ def allocate_bits(
     shares: Mapping[str, float] | None = None,
     reading: Reading = DEFAULT_READING,
     progress: Callable[[str], None] | None = None,
+    calibration: Sequence[MicroBatch] | None = None,
 ) -> AllocationReport:
     """Sensitivities on held-out text, and the plan that they ask for: `read_sensitivities`, then `allocation_of`.
 
@@ -231,6 +269,8 @@ def allocate_bits(
         shares: language -> weight of its loss; equal if None.
         reading: what is read of the held-out documents.
         progress: called after each reading.
+        calibration: text that the quantizer of `base` keeps layers' outputs on, if it needs any. Its statistics are of
+            full precision, and held for the whole model.
 
     Raises:
         HcxError: an argument is out of range, or model and shards do not fit.
@@ -242,7 +282,14 @@ def allocate_bits(
         raise ConfigError(f"widths = {list(widths)}; different numbers from 1 to 8 are allowed")
     _check_average(average_bits, widths)
     weights = _shares(ShardSet.open(shards_directory), shares)
-    read = read_sensitivities(model, shards_directory, base.default, widths, by, tuple(weights), reading, progress)
+    groups_of((), by)  # an unknown level is refused before the calibration
+    statistics = None
+    if base.default.needs_statistics and calibration is not None:
+        with ModelFiles(model) as files:
+            statistics = dict(collect(files.config, files.read, calibration))
+    read = read_sensitivities(
+        model, shards_directory, base.default, widths, by, tuple(weights), reading, progress, statistics
+    )
     return allocation_of(read, average_bits, base, weights)
 
 

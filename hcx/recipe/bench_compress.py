@@ -55,6 +55,8 @@ OURS: dict[str, dict[str, Any]] = {
 """Settings of our contenders, by the name that `--methods` takes; bits and group size come from the budget."""
 MIXED, NESTED = "bcq-mixed", "bcq-nested"
 SENSITIVITY_WIDTHS = (1, 2, 3, 4, 5, 6)
+SENSITIVITY_GROUP = 128
+"""Inputs per scale while sensitivities are read: about what 2 to 4 planes get beside peers with groups of 64."""
 PEER_GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that peers may take between whole numbers of bits, best first."""
 SAME_WEIGHT = 1e-5
@@ -175,6 +177,7 @@ def measure(
     max_documents: Documents = None,
     by: str = "layer",
     reading: Reading = DEFAULT_READING,
+    sensitivities: Path | None = None,
 ) -> Iterator[CompressRow]:
     """Quantizes with every contender at every width, and scores each.
 
@@ -190,10 +193,11 @@ def measure(
         max_documents: scored per language, one number or one for each language; all if not given.
         by: what `bcq-mixed` gives planes to: `layer`, `type` or `matrix`.
         reading: what it reads of each language, behind the documents that are scored.
+        sensitivities: a file that what it read is kept in; read from there if there is one.
 
     Raises:
-        ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, or a
-            contender that reproduces the model's own grid.
+        ConfigError: an unknown method, methods and widths that do not go together, too little held-out text, a
+            contender that reproduces the model's own grid, or kept sensitivities of other settings.
     """
     _check_methods(methods, widths, peers)
     shards = ShardSet.open(shards_directory)
@@ -215,16 +219,8 @@ def measure(
     shared = (str(model), digest, sum(batch.tokens.numel() for batch in batches))
     read = None
     if MIXED in methods:
-        log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
-        read = read_sensitivities(
-            model,
-            shards_directory,
-            ModulePlan(group_size=group_size, method="alternating"),
-            SENSITIVITY_WIDTHS,
-            by=by,
-            reading=replace(reading, seq_len=seq_len, first_documents=limits),
-            progress=log.info,
-        )
+        reading = replace(reading, seq_len=seq_len, first_documents=limits)
+        read = _sensitivities(model, shards, by, reading, calibration, digest, statistics, sensitivities)
     nested = _Nested([int(bits) for bits in widths], OURS[NESTED])
     for bits in widths:
         contenders = _contenders(bits, methods, peers, group_size, read, nested)
@@ -238,6 +234,39 @@ def measure(
             best = min(ours or [contenders[0].name], key=lambda name: sum(scores[name][language].kl))
             for one in contenders:
                 yield _row(one, bits, language, rows, scores[one.name][language], scores[best][language], shared)
+
+
+def _sensitivities(
+    model: Path,
+    shards: ShardSet,
+    by: str,
+    reading: Reading,
+    calibration: Calibration,
+    digest: str,
+    statistics: Mapping[str, InputStatistics],
+    kept: Path | None,
+) -> Sensitivities:
+    """Read with the quantizer of `bcq-mixed` itself: what a layer suffers from plain planes is not what it suffers."""
+    default = ModulePlan(group_size=SENSITIVITY_GROUP, **OURS[MIXED])
+    settings = {
+        "model_digest": digest,
+        "shards_digest": shards.digest,
+        "by": by,
+        "widths": SENSITIVITY_WIDTHS,
+        "quantizer": default.model_dump(mode="json"),
+        "reading": asdict(reading),
+        "calibration": calibration.model_dump(mode="json"),
+    }
+    if kept is not None and kept.exists():
+        return Sensitivities.kept(kept, settings)
+    log = get_logger(__name__)
+    log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
+    read = read_sensitivities(
+        model, shards.directory, default, SENSITIVITY_WIDTHS, by, None, reading, log.info, statistics
+    )
+    if kept is not None:
+        read.keep(kept, settings)
+    return read
 
 
 def _check_methods(methods: Sequence[str], widths: Sequence[float], peers: dict[str, Peer]) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from hcx.cli.main import main
-from hcx.compress import CompressPlan, ModulePlan, compress_model
+from hcx.compress import Calibration, CompressPlan, ModulePlan, collect, compress_model
+from hcx.compress.calibration_text import calibration_batches
 from hcx.compress.divergence import divergence_by_language
 from hcx.compress.text_reader import TextReader
 from hcx.data import ShardSet
-from hcx.errors import ConfigError
-from hcx.model.load import load_model
-from hcx.recipe.allocation import Reading, allocate_bits, read_sensitivities
+from hcx.errors import ConfigError, DataError
+from hcx.model.load import ModelFiles, load_model
+from hcx.recipe.allocation import Reading, Sensitivities, allocate_bits, read_sensitivities
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import tiny_model_directory
 
@@ -99,6 +100,60 @@ def test_divergence_is_read_on_rows_spread_over_the_documents(made: Path) -> Non
     assert all(rises[4][name] < rises[1][name] for rises in read.rises.values() for name in ("ko", "en"))
     with pytest.raises(ConfigError, match="max_rows = 0"):
         Reading(max_rows=0).text(shards, ["ko"])
+
+
+def test_sensitivities_are_read_with_the_quantizer_in_question(made: Path) -> None:
+    """A layer whose outputs are kept suffers less than one whose weights are; its harm is read as such."""
+    shards = ShardSet.open(made / "shards")
+    default = ModulePlan(group_size=32, feedback=True)
+    batches = calibration_batches(Calibration(tokens=2048, seq_len=64), 64, None, shards)
+    with ModelFiles(made / "full") as files:
+        statistics = dict(collect(files.config, files.read, batches))
+    arguments = (made / "full", made / "shards", default, (2,), "type", ("ko",))
+    reading = Reading("divergence", max_documents=4, max_rows=8, seq_len=64)
+    read = read_sensitivities(*arguments, reading=reading, statistics=statistics)
+    full, changed = load_model(made / "full").decoder, load_model(made / "full").decoder
+    plan = default.model_copy(update={"bits": 2})
+    with torch.no_grad():
+        for stem, part in changed.linears().items():
+            if stem.endswith("down_proj"):
+                part.source.weight.copy_(plan.quantize(part.source.weight, statistics[stem]).dequantize())
+    told = divergence_by_language(full, changed, reading.text(shards, ["ko"]))["ko"]
+    assert read.rises["*.down_proj"][2]["ko"] == pytest.approx(told.kl, rel=1e-3)
+    with pytest.raises(ConfigError, match="need calibration text"):
+        read_sensitivities(*arguments, reading=reading)
+    found = allocate_bits(
+        made / "full", made / "shards", 2.0, CompressPlan(default=default), (2,), "type", {"ko": 1.0}, reading,
+        calibration=batches,
+    )  # fmt: skip
+    assert found.rises == read.rises
+
+
+def test_kept_sensitivities_are_read_back_and_only_for_the_same_settings(made: Path, tmp_path: Path) -> None:
+    read = read_sensitivities(made / "full", made / "shards", BASE.default, (1, 2), "type", ("ko",), SMALL)
+    settings = {"by": "type", "widths": (1, 2), "reading": {"max_rows": None}}
+    read.keep(tmp_path / "kept.json", settings)
+    assert Sensitivities.kept(tmp_path / "kept.json", settings) == read
+    with pytest.raises(ConfigError, match=r"by: type there, layer here.*name another file"):
+        Sensitivities.kept(tmp_path / "kept.json", {**settings, "by": "layer"})
+    for text in ("", "[]", "{}", '{"settings": {}, "shapes": [1], "groups": {}, "loss": {}, "rises": {}}'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(DataError, match="no file of sensitivities"):
+            Sensitivities.kept(tmp_path / "broken.json", settings)
+
+
+def test_the_command_allocates_for_the_quantizer_that_keeps_outputs(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.yaml"
+    text.write_text("calibration: {tokens: 2048, seq_len: 64}\ndefault: {feedback: true, group_size: 32}\n")
+    arguments = ["compress", str(made / "full"), "--plan", str(text), "--average-bits", "2.5", "--by", "type", "--json"]
+    arguments += ["--shards", str(made / "shards"), "--calibration", str(made / "shards"), "--out"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, str(tmp_path / "out")])
+    answer = capsys.readouterr()
+    assert stopped.value.code == 0, answer.err
+    assert json.loads(answer.out)["bits_per_weight"] <= 2.5 * 1.5 + 1e-9
 
 
 def test_bad_requests_say_what_is_allowed(made: Path) -> None:

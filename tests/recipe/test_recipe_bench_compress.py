@@ -129,7 +129,9 @@ def test_between_whole_bits_a_plan_by_sensitivity_stands_beside_peers_within_its
     assert at["rtn", 2.5]["bits_per_weight"] == PEERS["rtn"].bits_per_weight(2, at["rtn", 2.5]["group_size"])  # type: ignore[arg-type]
 
 
-def test_planes_can_go_by_type_after_few_documents(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planes_can_go_by_type_after_few_documents(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = (
         "--bits",
         "2.5",
@@ -141,13 +143,19 @@ def test_planes_can_go_by_type_after_few_documents(model: Path, capsys: pytest.C
         "type",
         "--sensitivity-documents",
         "2",
+        "--sensitivities",
+        str(tmp_path / "kept.json"),
     )
     rows = rows_of(model, capsys, *arguments)
+    written = (tmp_path / "kept.json").read_bytes()
+    assert rows_of(model, capsys, *arguments) == rows
+    assert (tmp_path / "kept.json").read_bytes() == written
     assert {row["contender"] for row in rows} == {"bcq-mixed"}
     assert all(row["bits_per_weight"] <= budget_of(2.5, {}, 32) + 1e-9 for row in rows)
     for bad, message in (
         (("--by", "head"), "allowed: layer, type, matrix"),
         (("--sensitivity-documents", "0"), "at least 1"),
+        (("--sensitivity-documents", "3"), "sensitivities read with other settings (reading: "),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["bench", "compress", str(model), *SMALL, *arguments, *bad])
