@@ -73,13 +73,16 @@ struct Ops {
         }
     }
 
+    // Of 16 inputs those that share a bit of the nibbles of a line are together, as `decode` finds their weights.
     static float codes8(const float* x, int64_t inputs, float inverse, int8_t* out) {
         const __m512 by = _mm512_set1_ps(inverse);
+        const __m128i by_bit = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
         __m512i sum = _mm512_setzero_si512();
         for (int64_t k = 0; k < inputs; k += 16) {
             const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), by));
             sum = _mm512_add_epi32(sum, value);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm512_cvtepi32_epi8(value));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k),
+                             _mm_shuffle_epi8(_mm512_cvtepi32_epi8(value), by_bit));
         }
         return static_cast<float>(_mm512_reduce_add_epi32(sum));
     }
@@ -291,10 +294,15 @@ void block_tables(const Plan& plan, const uint8_t* block, int tiles, const Activ
     }
 }
 
-// A tile's scales of one group as whole numbers of steps (see RowCodes in portable.cpp).
+// Planes whose bits are looked up together, 3 at most: 8 entries of 16 rows are what one vpermi2b reads.
+constexpr int planes_together(int left) { return left == 4 ? 2 : left < 3 ? left : 3; }
+
+// A tile's scales of one group as whole numbers of steps (see RowCodes in portable.cpp), and what they add up to.
 struct TileCodes {
     __m512 step, half;
-    __m512i base, code[kMaxBits];  // replicated over the four bytes of a row
+    // Of each planes_together: byte 8 r + e (4 r + e where they are less than 3) is what the bits e of row r are worth.
+    // The first holds the sum below zero, too.
+    __m512i table[kMaxBits / 2][2];
 
     void read(const Plan& plan, const uint8_t* scales, int tile) {
         const __m512i replicate = _mm512_set1_epi32(0x01010101);
@@ -309,7 +317,7 @@ struct TileCodes {
         const __m512 parts = _mm512_set1_ps(255.0F - 0.5F * static_cast<float>(plan.bits));
         step = _mm512_maskz_div_ps(some, _mm512_add_ps(sum, sum), parts);
         const __m512 inverse = _mm512_maskz_div_ps(usable, _mm512_set1_ps(1.0F), step);
-        __m512i total = _mm512_setzero_si512(), below = total;
+        __m512i total = _mm512_setzero_si512(), below = total, code[kMaxBits];
         for (int p = 0; p < plan.bits; ++p) {
             const __m512 size = abs_of(scale[p]);
             const __m512i rounded =
@@ -320,28 +328,87 @@ struct TileCodes {
             const __m512i sign = _mm512_mask_sub_epi32(rounded, minus, _mm512_setzero_si512(), rounded);
             code[p] = _mm512_mullo_epi32(_mm512_and_si512(sign, _mm512_set1_epi32(255)), replicate);
         }
-        base = _mm512_mullo_epi32(below, replicate);
         half = _mm512_mul_ps(_mm512_set1_ps(0.5F), _mm512_cvtepi32_ps(total));
+        __m512i base = _mm512_mullo_epi32(below, replicate);
+        for (int p = 0, t = 0; p < plan.bits; ++t) {
+            const int together = planes_together(plan.bits - p);
+            tabulate(base, code + p, together, table[t]);
+            base = _mm512_setzero_si512();
+            p += together;
+        }
+    }
+
+    static void tabulate(__m512i base, const __m512i* code, int planes, __m512i* table) {
+        constexpr __mmask64 kSet[3] = {0xAAAAAAAAAAAAAAAA, 0xCCCCCCCCCCCCCCCC, 0xF0F0F0F0F0F0F0F0};
+        const __m512i rows = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        const __m512i more_rows = _mm512_add_epi32(rows, _mm512_set1_epi32(8));
+        const bool two = planes == 3;
+        table[0] = two ? _mm512_permutexvar_epi32(rows, base) : base;
+        if (two) table[1] = _mm512_permutexvar_epi32(more_rows, base);
+        for (int p = 0; p < planes; ++p) {
+            const __m512i first = two ? _mm512_permutexvar_epi32(rows, code[p]) : code[p];
+            table[0] = _mm512_mask_add_epi8(table[0], kSet[p], table[0], first);
+            if (!two) continue;
+            table[1] = _mm512_mask_add_epi8(table[1], kSet[p], table[1], _mm512_permutexvar_epi32(more_rows, code[p]));
+        }
     }
 };
 
-// Codes of 16 rows x 128 inputs: [input / 4][row][4]. The byte with a row's four bits is spread over the row, and a
-// mask of those bits adds the plane's whole number.
-void decode(const Plan& plan, const TileCodes& codes, const uint8_t* weights, int64_t lines, uint8_t* out) {
-    const __m512i low = _mm512_set1_epi32(0x08040201), high = _mm512_slli_epi32(low, 4);
-    const __m512i lane = _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0);
-    for (int64_t l = 0; l < lines; ++l) {
-        for (int j = 0; j < 4; ++j) {
-            const __m512i spread = _mm512_add_epi8(lane, _mm512_set1_epi8(static_cast<char>(j)));
-            __m512i first = codes.base, second = codes.base;
-            for (int p = 0; p < plan.bits; ++p) {
-                const __m512i bits = _mm512_shuffle_epi8(load(weights + (p * lines + l) * kLineBytes), spread);
-                first = _mm512_mask_add_epi8(first, _mm512_test_epi8_mask(bits, low), first, codes.code[p]);
-                second = _mm512_mask_add_epi8(second, _mm512_test_epi8_mask(bits, high), second, codes.code[p]);
-            }
-            _mm512_store_si512(out + (8 * l + j) * kLineBytes, first);
-            _mm512_store_si512(out + (8 * l + 4 + j) * kLineBytes, second);
-        }
+// Bit 4 i + `bit` of every line, at bit 4 i + `plane`.
+template <int kBit, int kPlane>
+__m512i moved(__m512i line) {
+    if (kBit > kPlane) return _mm512_srli_epi16(line, kBit > kPlane ? kBit - kPlane : 0);
+    if (kBit < kPlane) return _mm512_slli_epi16(line, kBit < kPlane ? kPlane - kBit : 0);
+    return line;
+}
+
+// What inputs 4 j + kBit of the two halves of a line are worth by `kLeft` planes and those behind them.
+template <int kBit, int kLeft>
+void add_codes(const __m512i* line, const __m512i (*table)[2], __m512i& first, __m512i& second, bool begins) {
+    constexpr int kPlanes = planes_together(kLeft);
+    // a ? b : c is 0xCA, (a & b) | c is 0xEA
+    __m512i bits = moved<kBit, 0>(line[0]);
+    if (kPlanes > 1) bits = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x11), bits, moved<kBit, 1>(line[1]), 0xCA);
+    if (kPlanes > 2) bits = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x33), bits, moved<kBit, 2>(line[2]), 0xCA);
+    // Of each byte the row that it is of, times the entries of a row.
+    const __m512i row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i rows = _mm512_mullo_epi32(row, _mm512_set1_epi32(kPlanes == 3 ? 0x08080808 : 0x04040404));
+    const __m512i mask = _mm512_set1_epi8((1 << kPlanes) - 1);
+    const __m512i low = _mm512_ternarylogic_epi32(bits, mask, rows, 0xEA);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bits, 4), mask, rows, 0xEA);
+    __m512i found[2];
+    if (kPlanes == 3) {
+        found[0] = _mm512_permutex2var_epi8(table[0][0], low, table[0][1]);
+        found[1] = _mm512_permutex2var_epi8(table[0][0], high, table[0][1]);
+    } else {
+        found[0] = _mm512_permutexvar_epi8(low, table[0][0]);
+        found[1] = _mm512_permutexvar_epi8(high, table[0][0]);
+    }
+    first = begins ? found[0] : _mm512_add_epi8(first, found[0]);
+    second = begins ? found[1] : _mm512_add_epi8(second, found[1]);
+    if constexpr (kLeft > kPlanes) {
+        add_codes<kBit, kLeft - kPlanes>(line + kPlanes, table + 1, first, second, false);
+    }
+}
+
+template <int kBit, int kBits>
+void decode_bit(const __m512i* line, const TileCodes& codes, uint8_t* out) {
+    __m512i first, second;
+    add_codes<kBit, kBits>(line, codes.table, first, second, true);
+    _mm512_store_si512(out + kBit * kLineBytes, first);
+    _mm512_store_si512(out + (4 + kBit) * kLineBytes, second);
+}
+
+// Codes of 16 rows x 128 inputs: [input / 4][row][4], the inputs in the order of Ops::codes8.
+template <int kBits>
+void decode(const TileCodes& codes, const uint8_t* weights, int64_t lines, uint8_t* out) {
+    for (int64_t l = 0; l < lines; ++l, out += 8 * kLineBytes) {
+        __m512i line[kBits];
+        for (int p = 0; p < kBits; ++p) line[p] = load(weights + (p * lines + l) * kLineBytes);
+        decode_bit<0, kBits>(line, codes, out);
+        decode_bit<1, kBits>(line, codes, out);
+        decode_bit<2, kBits>(line, codes, out);
+        decode_bit<3, kBits>(line, codes, out);
     }
 }
 
@@ -391,8 +458,9 @@ __attribute__((noinline)) void multiply_codes(const TileCodes* tile_codes, const
     }
 }
 
-void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activations& a, int64_t first, int columns,
-                 float* out) {
+template <int kBits>
+void block_codes_of(const Plan& plan, const uint8_t* block, int tiles, const Activations& a, int64_t first, int columns,
+                    float* out) {
     alignas(64) uint8_t decoded[kTiles * kTileCodeBytes];  // 8 KiB: stays in the first cache over all columns
     for (int i = tiles * kTileCodeBytes; i < kTiles * kTileCodeBytes; i += kLineBytes) {
         _mm512_store_si512(decoded + i, _mm512_setzero_si512());
@@ -412,14 +480,18 @@ void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activa
             const int64_t count = end - line < kSegmentLines ? end - line : kSegmentLines;
             for (int tile = 0; tile < tiles; ++tile, at += plan.bits * count * kLineBytes) {
                 prefetch(at, plan.bits * count * kLineBytes);
-                decode(plan, codes[tile], at, count, decoded + tile * kTileCodeBytes);
+                decode<kBits>(codes[tile], at, count, decoded + tile * kTileCodeBytes);
             }
             int c = 0;
             for (; c + 4 <= columns; c += 4) {
                 multiply_codes<4>(codes, decoded, count, a, line, segment, first + c, out + c * kBlockRows);
             }
-            for (; c < columns; ++c) {
-                multiply_codes<1>(codes, decoded, count, a, line, segment, first + c, out + c * kBlockRows);
+            float* to = out + c * kBlockRows;
+            switch (columns - c) {
+                case 3: multiply_codes<3>(codes, decoded, count, a, line, segment, first + c, to); break;
+                case 2: multiply_codes<2>(codes, decoded, count, a, line, segment, first + c, to); break;
+                case 1: multiply_codes<1>(codes, decoded, count, a, line, segment, first + c, to); break;
+                default: break;
             }
             line += count;
         }
@@ -431,6 +503,20 @@ void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activa
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(z, sum, _mm512_loadu_ps(to)));
             }
         }
+    }
+}
+
+void block_codes(const Plan& plan, const uint8_t* block, int tiles, const Activations& a, int64_t first, int columns,
+                 float* out) {
+    switch (plan.bits) {
+        case 1: return block_codes_of<1>(plan, block, tiles, a, first, columns, out);
+        case 2: return block_codes_of<2>(plan, block, tiles, a, first, columns, out);
+        case 3: return block_codes_of<3>(plan, block, tiles, a, first, columns, out);
+        case 4: return block_codes_of<4>(plan, block, tiles, a, first, columns, out);
+        case 5: return block_codes_of<5>(plan, block, tiles, a, first, columns, out);
+        case 6: return block_codes_of<6>(plan, block, tiles, a, first, columns, out);
+        case 7: return block_codes_of<7>(plan, block, tiles, a, first, columns, out);
+        default: return block_codes_of<8>(plan, block, tiles, a, first, columns, out);
     }
 }
 

@@ -184,7 +184,7 @@ const char* hcx_status_text(int32_t status) {
 int32_t hcx_fast_method(int32_t bits, int64_t batch, int32_t isa) {
     if (resolve_isa(isa) != HCX_ISA_AVX512) return HCX_TABLES8;
     constexpr int64_t kNever = INT64_MAX;
-    constexpr int64_t kFrom[kMaxBits + 1] = {kNever, 32, 12, 9, 8, 6, 5, 5, 5};
+    constexpr int64_t kFrom[kMaxBits + 1] = {kNever, 24, 8, 8, 6, 6, 6, 5, 5};
     return bits >= 1 && bits <= kMaxBits && batch >= kFrom[bits] ? HCX_CODES8 : HCX_TABLES8;
 }
 
