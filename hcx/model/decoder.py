@@ -135,7 +135,8 @@ class Output:
 
     def logits(self) -> Tensor:
         """`[batch, seq, vocab]` fp32."""
-        hidden = self._parts.enter_output(self.hidden)
+        # One row of a batch has strides by which torch would multiply token by token, nine times as long.
+        hidden = self._parts.enter_output(self.hidden).contiguous()
         product = F.linear(hidden, self._weight) if self._source is None else self._source(hidden)
         local = product.float() * self._config.logits_scaling
         return self._parts.gather_logits(local).transpose(0, 1)
