@@ -88,6 +88,8 @@ def compress(
     if average_bits is not None:
         from hcx.recipe.allocation import allocate_bits
 
+        if out.exists() and not dry_run:
+            raise ConfigError(f"{out}: already exists; choose another directory or remove it")
         log = get_logger(__name__)
         batches = _calibration(model, chosen, plan, calibration)
         allocation = allocate_bits(

@@ -136,7 +136,7 @@ class Sensitivities:
         """
         try:
             found = json.loads(path.read_bytes())
-            told = found["settings"]
+            told = dict(found["settings"])
             read = cls(
                 {stem: (int(rows), int(columns)) for stem, (rows, columns) in found["shapes"].items()},
                 found["groups"],

@@ -202,9 +202,15 @@ def measure(
     _check_methods(methods, widths, peers)
     shards = ShardSet.open(shards_directory)
     limits = _limits(shards, max_documents)
+    digest = next((digest_file(path) for path in sorted(model.glob("*.safetensors"))), "")
+    plan = read = None
     if MIXED in methods:
-        groups_of((), by)  # an unknown level is refused before the calibration
+        # Whatever is wrong with these is said before the calibration.
+        groups_of((), by)
         _check_documents(shards, None if max_documents is None else limits)
+        reading = replace(reading, seq_len=seq_len, first_documents=limits)
+        plan = _SensitivityPlan(shards, by, reading, calibration, digest, sensitivities)
+        read = plan.kept()
     loaded = load_model(model)
     batches = calibration_batches(calibration, loaded.config.max_seq_len, loaded.tokenizer, shards)
     log = get_logger(__name__)
@@ -214,13 +220,10 @@ def measure(
         log.info("calibrating on %d tokens", sum(batch.tokens.numel() for batch in batches))
         statistics = dict(collect(files.config, files.read, batches))
     held_out = _held_out(loaded, shards, seq_len, limits)
-    digest = next((digest_file(path) for path in sorted(model.glob("*.safetensors"))), "")
     dense = {stem: _weight(loaded.decoder, stem).clone() for stem in loaded.decoder.linears()}
     shared = (str(model), digest, sum(batch.tokens.numel() for batch in batches))
-    read = None
-    if MIXED in methods:
-        reading = replace(reading, seq_len=seq_len, first_documents=limits)
-        read = _sensitivities(model, shards, by, reading, calibration, digest, statistics, sensitivities)
+    if plan is not None and read is None:
+        read = plan.read(model, statistics)
     nested = _Nested([int(bits) for bits in widths], OURS[NESTED])
     for bits in widths:
         contenders = _contenders(bits, methods, peers, group_size, read, nested)
@@ -236,37 +239,66 @@ def measure(
                 yield _row(one, bits, language, rows, scores[one.name][language], scores[best][language], shared)
 
 
-def _sensitivities(
-    model: Path,
-    shards: ShardSet,
-    by: str,
-    reading: Reading,
-    calibration: Calibration,
-    digest: str,
-    statistics: Mapping[str, InputStatistics],
-    kept: Path | None,
-) -> Sensitivities:
-    """Read with the quantizer of `bcq-mixed` itself: what a layer suffers from plain planes is not what it suffers."""
-    default = ModulePlan(group_size=SENSITIVITY_GROUP, **OURS[MIXED])
-    settings = {
-        "model_digest": digest,
-        "shards_digest": shards.digest,
-        "by": by,
-        "widths": SENSITIVITY_WIDTHS,
-        "quantizer": default.model_dump(mode="json"),
-        "reading": asdict(reading),
-        "calibration": calibration.model_dump(mode="json"),
-    }
-    if kept is not None and kept.exists():
-        return Sensitivities.kept(kept, settings)
-    log = get_logger(__name__)
-    log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
-    read = read_sensitivities(
-        model, shards.directory, default, SENSITIVITY_WIDTHS, by, None, reading, log.info, statistics
-    )
-    if kept is not None:
-        read.keep(kept, settings)
-    return read
+@dataclass(frozen=True)
+class _SensitivityPlan:
+    """What `bcq-mixed` reads, and the file that it is kept in, if any."""
+
+    shards: ShardSet
+    by: str
+    reading: Reading
+    calibration: Calibration
+    model_digest: str
+    path: Path | None
+
+    @property
+    def quantizer(self) -> ModulePlan:
+        """That of `bcq-mixed` itself: what a layer suffers from plain planes is not what it suffers."""
+        return ModulePlan(group_size=SENSITIVITY_GROUP, **OURS[MIXED])
+
+    def settings(self) -> dict[str, Any]:
+        """What kept sensitivities must have been read with."""
+        return {
+            "model_digest": self.model_digest,
+            "shards_digest": self.shards.digest,
+            "by": self.by,
+            "widths": SENSITIVITY_WIDTHS,
+            "quantizer": self.quantizer.model_dump(mode="json"),
+            "reading": asdict(self.reading),
+            "calibration": self.calibration.model_dump(mode="json"),
+        }
+
+    def kept(self) -> Sensitivities | None:
+        """Those of the file, if there is one.
+
+        Raises:
+            ConfigError: they were read with other settings, or the file cannot be written later.
+            DataError: the file has none.
+        """
+        if self.path is None:
+            return None
+        if self.path.exists():
+            return Sensitivities.kept(self.path, self.settings())
+        if not self.path.absolute().parent.is_dir():
+            raise ConfigError(f"--sensitivities {self.path}: there is no directory {self.path.absolute().parent}")
+        return None
+
+    def read(self, model: Path, statistics: Mapping[str, InputStatistics]) -> Sensitivities:
+        """Reads them, and keeps them."""
+        log = get_logger(__name__)
+        log.info("reading sensitivities of %d widths", len(SENSITIVITY_WIDTHS))
+        found = read_sensitivities(
+            model,
+            self.shards.directory,
+            self.quantizer,
+            SENSITIVITY_WIDTHS,
+            by=self.by,
+            reading=self.reading,
+            progress=log.info,
+            statistics=statistics,
+        )
+        if self.path is not None:
+            found.keep(self.path, self.settings())
+        return found
 
 
 def _check_methods(methods: Sequence[str], widths: Sequence[float], peers: dict[str, Peer]) -> None:

@@ -136,7 +136,13 @@ def test_kept_sensitivities_are_read_back_and_only_for_the_same_settings(made: P
     assert Sensitivities.kept(tmp_path / "kept.json", settings) == read
     with pytest.raises(ConfigError, match=r"by: type there, layer here.*name another file"):
         Sensitivities.kept(tmp_path / "kept.json", {**settings, "by": "layer"})
-    for text in ("", "[]", "{}", '{"settings": {}, "shapes": [1], "groups": {}, "loss": {}, "rises": {}}'):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"settings": 3, "shapes": {}, "groups": {}, "loss": {}, "rises": {}}',
+        '{"settings": {}, "shapes": [1], "groups": {}, "loss": {}, "rises": {}}',
+    ):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(DataError, match="no file of sensitivities"):
             Sensitivities.kept(tmp_path / "broken.json", settings)
@@ -154,6 +160,10 @@ def test_the_command_allocates_for_the_quantizer_that_keeps_outputs(
     answer = capsys.readouterr()
     assert stopped.value.code == 0, answer.err
     assert json.loads(answer.out)["bits_per_weight"] <= 2.5 * 1.5 + 1e-9
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_bad_requests_say_what_is_allowed(made: Path) -> None:

@@ -156,6 +156,7 @@ def test_planes_can_go_by_type_after_few_documents(
         (("--by", "head"), "allowed: layer, type, matrix"),
         (("--sensitivity-documents", "0"), "at least 1"),
         (("--sensitivity-documents", "3"), "sensitivities read with other settings (reading: "),
+        (("--sensitivities", str(tmp_path / "none" / "kept.json")), "there is no directory"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["bench", "compress", str(model), *SMALL, *arguments, *bad])
