@@ -88,8 +88,8 @@ def compress(
     if average_bits is not None:
         from hcx.recipe.allocation import allocate_bits
 
-        if out.exists() and not dry_run:
-            raise ConfigError(f"{out}: already exists; choose another directory or remove it")
+        if not dry_run:
+            _refuse_existing(out)
         log = get_logger(__name__)
         batches = _calibration(model, chosen, plan, calibration)
         allocation = allocate_bits(
@@ -165,6 +165,14 @@ def _plan(name: str | None, changes: dict[str, object]) -> CompressPlan:
     return decode(CompressPlan, {**whole, "default": whole["default"] | changes}, "the command line")
 
 
+def _refuse_existing(out: Path) -> None:
+    """Before sensitivities or a search: compression says so, too, but only after them."""
+    from hcx.errors import ConfigError
+
+    if out.exists():
+        raise ConfigError(f"{out}: already exists; choose another directory or remove it")
+
+
 def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]) -> dict[str, PackedWeight]:
     """Searches beside OUT, in a directory that a later call with the same command goes on from."""
     import json
@@ -172,12 +180,10 @@ def _search(model: Path, out: Path, chosen: CompressPlan, text: list[MicroBatch]
     from hcx.artifacts.durable import write_atomically
     from hcx.compress.run import choose_modules
     from hcx.compress.search_model import outcome_dict, search_model
-    from hcx.errors import ConfigError
     from hcx.model.load import ModelFiles, canonical_names
     from hcx.obs import Progress, get_logger
 
-    if out.exists():
-        raise ConfigError(f"{out}: already exists; choose another directory or remove it")
+    _refuse_existing(out)
     kept = out.with_name(f"{out.name}.search")
     with ModelFiles(model) as files:
         total = len(choose_modules(files, canonical_names(files), chosen))

@@ -22,6 +22,7 @@ from hcx.data import MicroBatch, ShardSet, validation_batches
 from hcx.errors import ConfigError, DataError
 from hcx.model.decoder import Decoder
 from hcx.model.load import ModelFiles, load_model
+from hcx.recipe.finished import differences
 
 MICRO_BATCH, ALL = 4, 1 << 30
 """Rows."""
@@ -145,10 +146,8 @@ class Sensitivities:
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}: no file of sensitivities ({error}); name another, or remove it") from None
-        wanted = json.loads(json.dumps(settings))
-        if other := [name for name in wanted | told if wanted.get(name) != told.get(name)]:
-            differs = "; ".join(f"{name}: {told.get(name)} there, {wanted.get(name)} here" for name in other)
-            raise ConfigError(f"{path}: sensitivities read with other settings ({differs}); name another file")
+        if differing := differences(told, json.loads(json.dumps(settings))):
+            raise ConfigError(f"{path}: sensitivities read with other settings ({differing}); name another file")
         return read
 
 

@@ -31,13 +31,16 @@ def require_made_from(directory: Path, kind: str, recipe: Config) -> None:
         made_from = decode(type(recipe), stated, str(directory)).model_dump(mode="json")
     except ConfigError:
         made_from = stated
-    differing = _differences(made_from, recipe.model_dump(mode="json"))
-    if not differing:
-        return
-    told = "; ".join(differing[:MOST]) + (f"; {len(differing) - MOST} more" if len(differing) > MOST else "")
-    raise CheckpointError(
-        f"{directory}: made from another recipe ({told}); name another --out, or remove it to make it again"
-    )
+    if told := differences(made_from, recipe.model_dump(mode="json")):
+        raise CheckpointError(
+            f"{directory}: made from another recipe ({told}); name another --out, or remove it to make it again"
+        )
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Key path and both values of what differs, the first few told one by one; empty if nothing does."""
+    differing = _differences(there, now)
+    return "; ".join(differing[:MOST]) + (f"; {len(differing) - MOST} more" if len(differing) > MOST else "")
 
 
 def _differences(there: Any, now: Any, path: str = "") -> list[str]:

@@ -357,14 +357,14 @@ struct TileCodes {
 // Bit 4 i + `bit` of every line, at bit 4 i + `plane`.
 template <int kBit, int kPlane>
 __m512i moved(__m512i line) {
-    if (kBit > kPlane) return _mm512_srli_epi16(line, kBit > kPlane ? kBit - kPlane : 0);
-    if (kBit < kPlane) return _mm512_slli_epi16(line, kBit < kPlane ? kPlane - kBit : 0);
+    if constexpr (kBit > kPlane) return _mm512_srli_epi16(line, kBit - kPlane);
+    if constexpr (kBit < kPlane) return _mm512_slli_epi16(line, kPlane - kBit);
     return line;
 }
 
-// What inputs 4 j + kBit of the two halves of a line are worth by `kLeft` planes and those behind them.
+// Adds what inputs 4 j + kBit of the two halves of a line are worth by the last `kLeft` planes.
 template <int kBit, int kLeft>
-void add_codes(const __m512i* line, const __m512i (*table)[2], __m512i& first, __m512i& second, bool begins) {
+void add_codes(const __m512i* line, const __m512i (*table)[2], __m512i& first, __m512i& second) {
     constexpr int kPlanes = planes_together(kLeft);
     // a ? b : c is 0xCA, (a & b) | c is 0xEA
     __m512i bits = moved<kBit, 0>(line[0]);
@@ -384,17 +384,17 @@ void add_codes(const __m512i* line, const __m512i (*table)[2], __m512i& first, _
         found[0] = _mm512_permutexvar_epi8(low, table[0][0]);
         found[1] = _mm512_permutexvar_epi8(high, table[0][0]);
     }
-    first = begins ? found[0] : _mm512_add_epi8(first, found[0]);
-    second = begins ? found[1] : _mm512_add_epi8(second, found[1]);
+    first = _mm512_add_epi8(first, found[0]);
+    second = _mm512_add_epi8(second, found[1]);
     if constexpr (kLeft > kPlanes) {
-        add_codes<kBit, kLeft - kPlanes>(line + kPlanes, table + 1, first, second, false);
+        add_codes<kBit, kLeft - kPlanes>(line + kPlanes, table + 1, first, second);
     }
 }
 
 template <int kBit, int kBits>
 void decode_bit(const __m512i* line, const TileCodes& codes, uint8_t* out) {
-    __m512i first, second;
-    add_codes<kBit, kBits>(line, codes.table, first, second, true);
+    __m512i first = _mm512_setzero_si512(), second = first;
+    add_codes<kBit, kBits>(line, codes.table, first, second);
     _mm512_store_si512(out + kBit * kLineBytes, first);
     _mm512_store_si512(out + (4 + kBit) * kLineBytes, second);
 }

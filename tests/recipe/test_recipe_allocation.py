@@ -134,7 +134,7 @@ def test_kept_sensitivities_are_read_back_and_only_for_the_same_settings(made: P
     settings = {"by": "type", "widths": (1, 2), "reading": {"max_rows": None}}
     read.keep(tmp_path / "kept.json", settings)
     assert Sensitivities.kept(tmp_path / "kept.json", settings) == read
-    with pytest.raises(ConfigError, match=r"by: type there, layer here.*name another file"):
+    with pytest.raises(ConfigError, match=r"by: type there, layer now.*name another file"):
         Sensitivities.kept(tmp_path / "kept.json", {**settings, "by": "layer"})
     for text in (
         "",

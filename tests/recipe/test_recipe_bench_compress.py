@@ -155,7 +155,10 @@ def test_planes_can_go_by_type_after_few_documents(
     for bad, message in (
         (("--by", "head"), "allowed: layer, type, matrix"),
         (("--sensitivity-documents", "0"), "at least 1"),
-        (("--sensitivity-documents", "3"), "sensitivities read with other settings (reading: "),
+        (
+            ("--sensitivity-documents", "3"),
+            "sensitivities read with other settings (reading.max_documents: 2 there, 3 now)",
+        ),
         (("--sensitivities", str(tmp_path / "none" / "kept.json")), "there is no directory"),
     ):
         with pytest.raises(SystemExit) as ended:
