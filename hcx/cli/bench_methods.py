@@ -19,6 +19,9 @@ PROMPT = "파일을 저장하려면"
 def methods(
     recipe: Annotated[str, typer.Argument(help="YAML comparison, such as launch/bench/alphatuning-code.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as seeds=[0]")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="training runs beside each other, each with its share of the CPU's threads")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check every recipe, count models, then stop")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the rows as JSON")] = False,
 ) -> None:
@@ -39,7 +42,7 @@ def methods(
         echo(f"{loaded.recipe}: {check_comparison(loaded)} models of {len(loaded.methods)} methods: legal")
         return
     out = Path(loaded.out)
-    run = Run(loaded)
+    run = Run(loaded, jobs=jobs)
     try:
         results = run.run()
     finally:

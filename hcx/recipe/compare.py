@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from hcx.config import dump_yaml
 from hcx.config.decode import load_yaml
 from hcx.errors import ConfigError, TrainingError
 from hcx.obs import get_logger
+from hcx.recipe.ahead import Ahead, threads_of
 from hcx.recipe.comparison import Cell, Comparison, Row, folder_name, rows_of, run_name
 from hcx.recipe.comparison_cell import Command, Figures, Made, Workshop
-from hcx.recipe.processes import run_command
+from hcx.recipe.processes import Commands
 
 log = get_logger(__name__)
 
@@ -104,16 +105,22 @@ class Run:
         comparison: what is compared.
         command: runs hcx commands; processes of their own if not given.
         workshop: makes and measures models; one over `command` if not given.
+        jobs: training runs beside each other, each with its share of the CPU's threads.
 
     Raises:
         ConfigError: the directory holds another comparison.
     """
 
     def __init__(
-        self, comparison: Comparison, command: Command = run_command, workshop: Workshop | None = None
+        self,
+        comparison: Comparison,
+        command: Command | None = None,
+        workshop: Workshop | None = None,
+        jobs: int = 1,
     ) -> None:
-        self._comparison, self._command = comparison, command
-        self._workshop = workshop or Workshop(comparison, command)
+        self._comparison, self._jobs = comparison, jobs
+        self._command = command or Commands(threads_of(jobs))
+        self._workshop = workshop or Workshop(comparison, self._command)
         self._out = Path(comparison.out)
         self._out.mkdir(parents=True, exist_ok=True)
         _same_recipe(comparison, self._out / RECIPE)
@@ -128,35 +135,56 @@ class Run:
         """
         self._workshop.meet_needs()
         check_comparison(self._comparison)
-        rows = list(rows_of(self._comparison))
-        results: list[RowResult] = []
-        for method in self._comparison.methods:
-            mine = [row for row in rows if row.method == method]
-            # Rates and seeds outside, rows inside: rows that share a run follow each other.
-            for number in range(max(len(self._comparison.rates_of(row)) for row in mine)):
+        chosen = self._comparison
+        rows = {name: [row for row in rows_of(chosen) if row.method == name] for name in chosen.methods}
+        commands = self._command if isinstance(self._command, Commands) else None
+        with Ahead(self._workshop, self._jobs, commands) as ahead:
+            # The first seed of everything comes first: stopped early, that is a whole table.
+            first = {name: list(self._first_cells(mine)) for name, mine in rows.items()}
+            ahead.start(cell for cells in first.values() for cell in cells if not self._booked(cell))
+            later: dict[str, list[Cell]] = {}
+            for name, mine in rows.items():
+                for cell in first[name]:
+                    self._cell(cell, ahead)
+                later[name] = list(self._later_cells(mine))
+                ahead.start(cell for cell in later[name] if not self._booked(cell))
+            results: list[RowResult] = []
+            for name, mine in rows.items():
+                for cell in later[name]:
+                    self._cell(cell, ahead)
                 for row in mine:
-                    self._cell(Cell(row, self._comparison.rates_of(row)[number], self._comparison.seeds_of(row)[0]))
-            for number in range(1, max(len(self._comparison.seeds_of(row)) for row in mine)):
-                for row in mine:
-                    best, seeds = self._best(row), self._comparison.seeds_of(row)
-                    if best is not None and number < len(seeds):
-                        self._cell(Cell(row, best.lr, seeds[number]))
-            for row in mine:
-                self._score_tasks(row)
-            results += [self._result(row) for row in mine]
-            self._tidy(method, mine)
+                    self._score_tasks(row)
+                results += [self._result(row) for row in mine]
+                self._tidy(name, mine)
         return results
+
+    def _first_cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
+        """Rows of one method with the first seed, at every learning rate; rows that share a run follow each other."""
+        for number in range(max(len(self._comparison.rates_of(row)) for row in rows)):
+            for row in rows:
+                yield Cell(row, self._comparison.rates_of(row)[number], self._comparison.seeds_of(row)[0])
+
+    def _later_cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
+        """Rows of one method with the other seeds, at the rates that were best with the first."""
+        for number in range(1, max(len(self._comparison.seeds_of(row)) for row in rows)):
+            for row in rows:
+                best, seeds = self._best(row), self._comparison.seeds_of(row)
+                if best is not None and number < len(seeds):
+                    yield Cell(row, best.lr, seeds[number])
 
     def results(self) -> list[RowResult]:
         """The table of what is booked so far; makes nothing."""
         return [self._result(row) for row in rows_of(self._comparison)]
 
-    def _cell(self, cell: Cell) -> None:
-        entry = self._cells.found.get(cell.key)
-        if entry is not None and "problem" not in entry:
+    def _booked(self, cell: Cell) -> bool:
+        return "problem" not in self._cells.found.get(cell.key, {"problem": "not run yet"})
+
+    def _cell(self, cell: Cell, ahead: Ahead) -> None:
+        if self._booked(cell):
             return
         log.info("%s: %s", cell.row.format, run_name(self._comparison, cell))
         try:
+            ahead.wait(cell)
             figures = self._workshop.measure(cell, self._workshop.make(cell))
             if not all(math.isfinite(value) for value in figures.held_out.values()):
                 raise TrainingError("the held-out figure is no number: it diverged")

@@ -113,29 +113,52 @@ class Workshop:
         check_recipe(recipe)
         return recipe
 
-    def make(self, cell: Cell) -> Made:
-        """Trains and compresses what is not there yet; an interrupted run goes on.
+    def trains(self, cell: Cell) -> bool:
+        """Whether a cell's method has a training run."""
+        return self._comparison.methods[cell.row.method].train
+
+    def run_of(self, cell: Cell) -> Path:
+        """The directory of a cell's run; cells that share a run name one."""
+        return self._out / "runs" / run_name(self._comparison, cell)
+
+    def prepare(self, cell: Cell) -> None:
+        """Makes the compressed model that a cell's training starts from, where its method wants one.
+
+        Raises:
+            HcxError: the plan cannot be applied.
+        """
+        if self._comparison.methods[cell.row.method].compress == "before":
+            self._base(cell)
+
+    def train(self, cell: Cell) -> None:
+        """Trains a cell's run, if it is not there; an interrupted one goes on.
 
         Raises:
             TrainingError: training failed.
-            HcxError: the plan cannot be applied.
         """
-        method = self._comparison.methods[cell.row.method]
-        if method.compress == "before":
-            self._base(cell)
-        if not method.train:
-            return Made(None, self._base(cell))
-        run = self._run(cell)
-        # What a merged model adds to an adapter is compressed or nothing: the adapter itself is the smaller product.
-        wanted = "model" if method.compress == "after" or self.recipe(cell).adapter is None else "adapter"
-        if not (is_complete(run / wanted) and (run / COUNTS).is_file()):
+        run = self.run_of(cell)
+        if not (is_complete(run / self._product(cell)) and (run / COUNTS).is_file()):
             self._command(["train", self._comparison.recipe, *self._overrides(cell)])
             trained, state = optimizer_figures(run)
             counts = {"trained_numbers": trained, "optimizer_bytes": state}
             write_atomically(run / COUNTS, json.dumps(counts).encode())
         # A run's masters and moments are three times its model, and a comparison has dozens of runs.
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
-        if wanted == "adapter":
+
+    def make(self, cell: Cell) -> Made:
+        """Trains and compresses what is not there yet.
+
+        Raises:
+            TrainingError: training failed.
+            HcxError: the plan cannot be applied.
+        """
+        method = self._comparison.methods[cell.row.method]
+        self.prepare(cell)
+        if not method.train:
+            return Made(None, self._base_directory(cell))
+        self.train(cell)
+        run = self.run_of(cell)
+        if self._product(cell) == "adapter":
             return Made(run, Path(self.recipe(cell).init_from or ""), run / "adapter")
         if method.compress != "after":
             return Made(run, run / "model")
@@ -171,15 +194,18 @@ class Workshop:
 
     def forget(self, cell: Cell) -> None:
         """Removes what a cell's run weighs; metrics and adapter stay. Asked for again, its model is trained again."""
-        run = self._run(cell)
+        run = self.run_of(cell)
         for directory in (run / "model", *run.glob("compressed*")):
             shutil.rmtree(directory, ignore_errors=True)
 
-    def _run(self, cell: Cell) -> Path:
-        return self._out / "runs" / run_name(self._comparison, cell)
+    def _product(self, cell: Cell) -> str:
+        """The directory of a run that its training ends with."""
+        # What a merged model adds to an adapter is compressed or nothing: the adapter itself is the smaller product.
+        after = self._comparison.methods[cell.row.method].compress == "after"
+        return "model" if after or self.recipe(cell).adapter is None else "adapter"
 
     def _overrides(self, cell: Cell) -> list[str]:
-        places = {"out": str(self._run(cell))}
+        places = {"out": str(self.run_of(cell))}
         base = self._base_directory(cell)
         # Before it is made, the recipe takes the shape of the model that it will be made of.
         if self._comparison.methods[cell.row.method].compress == "before" and is_complete(base):

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import io
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ from hcx.obs import read_jsonl
 from hcx.recipe.compare import CELLS, RECIPE, Ledger, Run, check_comparison
 from hcx.recipe.comparison import Cell, Comparison, Row, load_comparison, rows_of, run_name
 from hcx.recipe.comparison_cell import Figures, Made, Workshop, optimizer_figures, score, weight_bytes
+from hcx.recipe.processes import Commands
 from hcx.report.comparison import table_rows, write_comparison
 from hcx.testing.commands import hcx, small_run
 from hcx.testing.shards import tiny_shards
 from hcx.testing.tiny import TINY_TEXT, tiny_model_directory
+from hcx.train import latest_checkpoint
 
 RATES = [0.001, 0.02]
 METHODS: dict[str, Any] = {
@@ -176,6 +180,78 @@ def test_a_stopped_comparison_goes_on_and_ends_in_the_same_figures(
     before = {result.row: result for result in finished[2].results()}
     for result in found:
         assert result.mean == before[result.row].mean
+
+
+def test_runs_beside_each_other_end_in_the_same_figures(
+    finished: tuple[Comparison, Counting, Run], recipe: Path, tmp_path: Path
+) -> None:
+    chosen = {name: METHODS[name] for name in ("compressed only", "low rank, then codes")}
+    run = Run(comparison_of(tmp_path / "out", recipe, methods=chosen), jobs=2)
+    found = run.run()
+    before = {result.row: result for result in finished[2].results()}
+    assert [result.mean for result in found] == [before[result.row].mean for result in found]
+    assert not list((tmp_path / "out" / "runs").glob("*/model"))
+
+
+class Met(Workshop):
+    """Trains nothing, but two runs must be here at once."""
+
+    def __init__(self, comparison: Comparison, fails: str) -> None:
+        super().__init__(comparison)
+        self.trained: list[str] = []
+        self._fails, self._both = fails, threading.Barrier(2, timeout=60)
+
+    def prepare(self, cell: Cell) -> None:
+        pass
+
+    def train(self, cell: Cell) -> None:
+        name = self.run_of(cell).name
+        if name not in self.trained:
+            self.trained.append(name)
+            self._both.wait()
+        if cell.row.method == self._fails:
+            raise TrainingError("it diverged")
+
+    def make(self, cell: Cell) -> Made:
+        return Made(None, Path())
+
+    def measure(self, cell: Cell, made: Made) -> Figures:
+        return Figures({"ko": 1.0}, "bits_per_byte", {"ko": 0.5}, 7, 56, 28, 100, None, 1)
+
+
+def test_the_first_seed_of_every_method_is_trained_first_and_a_shared_run_once(recipe: Path, tmp_path: Path) -> None:
+    chosen = {
+        name: METHODS[name] for name in ("low rank, then codes", "low rank over codes", "all weights, then codes")
+    }
+    comparison = comparison_of(tmp_path, recipe, methods=chosen)
+    met = Met(comparison, fails="low rank over codes")
+    found = Run(comparison, workshop=met, jobs=2).run()
+    assert sorted(name.rpartition("_")[2] for name in met.trained[:4]) == ["seed-0"] * 4
+    assert len(met.trained) == len(set(met.trained)) == 6  # the failed one has no second seed
+    assert [result.problem for result in found] == [None, None, "it diverged", "it diverged", None, None]
+
+
+def test_a_stopped_command_saves_and_no_other_starts(recipe: Path, tmp_path: Path) -> None:
+    commands, told = Commands(threads=1), []
+
+    def train() -> None:
+        try:
+            commands(["train", str(recipe), f"out={tmp_path / 'run'}", "train.steps=100000"])
+        except KeyboardInterrupt as error:
+            told.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and "train/loss" in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    commands.stop()
+    thread.join(timeout=60)
+    assert len(told) == 1
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+    with pytest.raises(KeyboardInterrupt):
+        commands(["--help"])
 
 
 def test_scores_are_those_of_training_itself(recipe: Path, tmp_path: Path) -> None:
