@@ -1,6 +1,6 @@
 """Models trained in processes beside each other, before they are asked for.
 
-Small models leave most of a large machine idle: two runs of one thread do 1.4 times the work of one run of two here
+Small models leave most of a large machine idle: two runs of one thread do 1.7 times the work of one run of two here
 (`docs/benchmarks.md`). Only training runs ahead: what computes in this process still does so one after the other.
 """
 

@@ -80,10 +80,9 @@ class _ScaledProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *trained = ctx.saved_tensors
         source, work = ctx.source, work_dtype(x)
-        wide = grad.to(work)
-        back = (wide @ source.dense(trained, work)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        back = grad @ source.dense(trained, work).to(x.dtype) if ctx.needs_input_grad[0] else None
         # Summed over tokens in full precision: the many small terms vanish in bf16.
-        outer = wide.flatten(0, -2).t() @ x.to(work).flatten(0, -2)
+        outer = grad.to(work).flatten(0, -2).t() @ x.to(work).flatten(0, -2)
         return back, None, *(value.to(t.dtype) for value, t in zip(source.reduce(outer), trained, strict=True))
 
 
