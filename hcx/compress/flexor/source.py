@@ -74,7 +74,7 @@ class _FlexorProduct(torch.autograd.Function):
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         with torch.enable_grad():
             weight = ctx.source.dense(leaves, work)
-        # Both products in the precision of the activations, as for a dense weight: in fp32 they take four times as long.
+        # In the precision of the activations, as for a dense weight: in fp32 both products take four times as long.
         outer = grad.flatten(0, -2).t() @ x.flatten(0, -2)
         gradients = torch.autograd.grad(weight, leaves, outer.to(work))
         back = grad @ weight.detach().to(x.dtype) if ctx.needs_input_grad[0] else None
