@@ -6,11 +6,12 @@ Small models leave most of a large machine idle: two runs of one thread do 1.7 t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
+
+import torch
 
 from hcx.recipe.comparison import Cell
 from hcx.recipe.comparison_cell import Workshop
@@ -66,4 +67,4 @@ class Ahead:
 
 def threads_of(jobs: int) -> int | None:
     """CPU threads of each of so many processes; None: one process has the machine."""
-    return None if jobs == 1 else max(1, len(os.sched_getaffinity(0)) // jobs)
+    return None if jobs == 1 else max(1, torch.get_num_threads() // jobs)
